@@ -1,0 +1,1 @@
+"""Matrix memory: shared engine in `anchored_mlp`, and the triangular solve of the plain linear case."""

@@ -1,0 +1,1 @@
+"""Anchored memories of any depth: reference, chunk and decode forms."""

@@ -1,0 +1,87 @@
+"""Layout of an anchored memory's recurrent state, shared by every form.
+
+| name | shape | meaning |
+|---|---|---|
+| `memory_i` | `[B, H, in, out]` | layer i at the last chunk boundary, minus what it decays towards |
+| `momentum_i` | `[B, H, in, out]` | its momentum there (only with momentum) |
+| `keys`, `values` | `[B, H, chunk, D]` | rows since the boundary, zero behind `phase` |
+| `step`, `log_decay`, `log_momentum` | `[B, H, chunk, G]` | their gates (those in use) |
+| `feature_i` | `[B, H, chunk, in]` | their inputs of layer i > 0 at the boundary's memory |
+| `direction_i` | `[B, H, chunk, out]` | their descent directions there |
+| `phase` | `[B]` int64 | how many rows |
+
+Masters are float32 (float64 for float64 inputs). `feature` and `direction` follow from the rest; they are kept so that
+decoding reads the weights once per token instead of once per buffered row.
+"""
+
+import torch
+from torch import Tensor
+
+from .anchored_mlp.chunk import MLPRule
+from .types import Gates, Inputs, State
+
+
+def rule_of(inputs: Inputs) -> MLPRule:
+    """The chunk rule that the inputs ask for."""
+    return MLPRule(inputs.kinds, inputs.options.activation, inputs.options.eps)
+
+
+def shared_operands(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """`MLPRule`'s shared operands."""
+    norm = inputs.norm
+    return (*inputs.base, *((None, None) if norm is None else (norm.weight.unsqueeze(1), norm.bias.unsqueeze(1))))
+
+
+def carried(inputs: Inputs, state: State | None) -> tuple[Tensor, ...]:
+    """Memory offsets and momenta at the last boundary; the learned start where there is no state."""
+    batch, has_momentum = inputs.q.shape[0], inputs.gates.log_momentum is not None
+    names = [f"memory_{i}" for i in range(inputs.depth)]
+    if state is not None:
+        names += [f"momentum_{i}" for i in range(inputs.depth)] if has_momentum else []
+        return tuple(state[name].to(inputs.q.dtype) for name in names)
+    starts = tuple(w.expand(batch, *w.shape) for w in inputs.weights)
+    zeros = tuple(torch.zeros_like(w) for w in starts)
+    offsets = zeros if inputs.options.decay_target == "init" else starts
+    return offsets + zeros if has_momentum else offsets
+
+
+def check_state(inputs: Inputs, state: State) -> None:
+    """Refuse a state of another batch, shape or option set.
+
+    Raises:
+        ValueError: with the name of what is missing or misshapen.
+    """
+    batch, _, heads, width = inputs.q.shape
+    chunk, sets = inputs.options.chunk_size, inputs.gates.step.shape[-1]
+    expected = {"keys": (batch, heads, chunk, width), "step": (batch, heads, chunk, sets), "phase": (batch,)}
+    prefixes = ["memory"] if inputs.gates.log_momentum is None else ["memory", "momentum"]
+    for i, weight in enumerate(inputs.weights):
+        expected |= {f"{prefix}_{i}": (batch, *weight.shape) for prefix in prefixes}
+    for name, shape in expected.items():
+        if name not in state:
+            raise ValueError(f"`initial_state` lacks {name!r}: it was made by an op with other options.")
+        if tuple(state[name].shape) != shape:
+            raise ValueError(f"`initial_state[{name!r}]` has shape {tuple(state[name].shape)}, expected {shape}.")
+
+
+def make_state(
+    inputs: Inputs, carry: tuple[Tensor, ...], keys: Tensor, values: Tensor, gates: Gates, phase: Tensor
+) -> State:
+    """Assemble a state from what is carried over the last boundary and the rows behind it."""
+    rule = rule_of(inputs)
+    norm = rule.norm(shared_operands(inputs))
+    _, features, directions = rule.write(keys, values, rule.memory(inputs.base, carry), norm)
+    empty = torch.arange(keys.shape[2], device=keys.device)[None, None, :, None] >= phase[:, None, None, None]
+
+    state = {f"memory_{i}": d for i, d in enumerate(carry[: inputs.depth])}
+    state |= {f"momentum_{i}": s for i, s in enumerate(carry[inputs.depth :])}
+    state |= {"keys": keys, "values": values}
+    state |= {name: gate for name, gate in gates._asdict().items() if gate is not None}
+    state |= {f"feature_{i}": x.masked_fill(empty, 0) for i, x in enumerate(features) if i > 0}
+    state |= {f"direction_{i}": u.masked_fill(empty, 0) for i, u in enumerate(directions)}
+    return state | {"phase": phase}
+
+
+def buffered_gates(state: State) -> Gates:
+    """Gates of the buffered rows, `[B, H, chunk, G]`."""
+    return Gates(*(state.get(name) for name in Gates._fields))
