@@ -1,0 +1,26 @@
+"""Ops of the memory architectures: pure functions of tensors, one folder per class of recurrence."""
+
+from pathlib import Path
+
+
+# A wheel holds the op folders beside this file. A checkout has them in its top-level `kernels/`, known by a file that
+# no package of that name in site-packages has.
+_source = Path(__file__).resolve().parents[2] / "kernels"
+if (_source / "SOURCE_CHECKOUT").is_file():
+    __path__.append(str(_source))
+
+from .dispatch import OPS, anchored_linear, anchored_mlp, force_form, forms  # noqa: E402
+from .types import AnchoredOptions, Gates, Norm, State  # noqa: E402
+
+
+__all__ = [
+    "OPS",
+    "AnchoredOptions",
+    "Gates",
+    "Norm",
+    "State",
+    "anchored_linear",
+    "anchored_mlp",
+    "force_form",
+    "forms",
+]
