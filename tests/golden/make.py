@@ -1,0 +1,47 @@
+"""Write the golden checkpoint of a variant: `python tests/golden/make.py`.
+
+To be run only when `format_version` is raised; the old directory stays, so that old checkpoints keep loading.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import hf_memory
+
+
+HERE = Path(__file__).parent
+TINY = {
+    "vocab_size": 40,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "chunk_size": 4,
+    "num_persistent_tokens": 3,
+    "sliding_window": 6,
+    "eos_token_id": None,
+}
+CHECKPOINTS = {
+    "titans-lmm-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(**TINY)),
+    "titans-mag-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mag", memory_depth=1, **TINY)),
+}
+
+
+def main() -> None:
+    for name, (model_class, config) in CHECKPOINTS.items():
+        torch.manual_seed(0)
+        model = model_class(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # away from zeros and ones, so that every parameter matters
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.save_pretrained(HERE / name)
+        input_ids = torch.randint(40, (2, 23))
+        with torch.no_grad():
+            logits = model(input_ids).logits
+        save_file({"input_ids": input_ids, "logits": logits}, HERE / name / "golden.safetensors")
+
+
+if __name__ == "__main__":
+    main()
