@@ -18,8 +18,8 @@ them. Two kinds of layer exist, each with a static twin that keeps the addresses
 
 | `layer_types` | keeps |
 |---|---|
-| `"memory"` | states |
-| `"memory_sliding"` | states, and keys and values of the last `sliding_window - 1` valid tokens |
+| `"linear_attention"` | states |
+| `"hybrid_sliding"` | states, and keys and values of the last `sliding_window - 1` valid tokens |
 """
 
 import copy
@@ -29,8 +29,6 @@ from typing import Self
 import torch
 from torch import Tensor
 from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    STATIC_LAYER_TYPE_MAPPING,
     Cache,
     CacheLayerMixin,
     DynamicCache,
@@ -66,6 +64,15 @@ class MemoryStatesMixin(CacheLayerMixin):
         self.prefetch()
         return self.states
 
+    def check_rows(self, rows: int) -> None:
+        """Raise a `ValueError` unless the layer is empty or holds this many rows."""
+        cached = next(iter(self.states.values())).shape[0] if self.has_states else rows
+        if cached != rows:
+            raise ValueError(
+                f"`past_key_values` holds {cached} rows, the input has {rows}: bring it to that number with "
+                "`batch_repeat_interleave` or `batch_select_indices`, or start a new cache."
+            )
+
     def update_states(self, states: States, num_tokens: int) -> None:
         """Replace the states by those after `num_tokens` more tokens (padded ones included)."""
         self.states = self.states | {name: self._replace(self.states.get(name), new) for name, new in states.items()}
@@ -99,8 +106,10 @@ class MemoryStatesMixin(CacheLayerMixin):
 
     def _replace(self, old: Tensor | None, new: Tensor) -> Tensor:
         # Never copied into `old`: it may belong to the graph of a truncated backward pass or, when it was made in
-        # inference mode, refuse to be written outside of it.
-        return new
+        # inference mode, refuse to be written outside of it. But a view would keep all rows of a long call alive.
+        if torch.compiler.is_compiling() or new.untyped_storage().nbytes() <= new.nbytes:
+            return new
+        return new.clone()
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.states = {name: self._replace(state, function(state)) for name, state in self.states.items()}
@@ -193,7 +202,7 @@ def fix_address(tensor: Tensor) -> Tensor:
 
 
 class MemoryCacheLayer(MemoryStatesMixin, LinearAttentionCacheLayerMixin):
-    """Layer of type `"memory"`.
+    """Layer that keeps states only (`MEMORY`).
 
     It counts as a linear-attention layer, so that masks of other layers are never sized by it, but keeps none of their
     numbered states.
@@ -224,7 +233,7 @@ class StaticMemoryCacheLayer(StaticStatesMixin, MemoryCacheLayer):
 
 
 class MemorySlidingCacheLayer(MemoryStatesMixin):
-    """Layer of type `"memory_sliding"`: states beside a window of keys and values.
+    """Layer that keeps states (`MEMORY_SLIDING`) beside a window of keys and values.
 
     The window holds the last `sliding_window - 1` *valid* tokens of each row: a padded token takes no slot, so that no
     padding, wherever it is, shortens what a row can attend to. Rows may therefore hold tokens from different columns
@@ -340,27 +349,25 @@ class StaticMemorySlidingCacheLayer(StaticStatesMixin, MemorySlidingCacheLayer):
     def __init__(self, max_cache_len: int, **kwargs) -> None:
         super().__init__(max_cache_len, **kwargs)
         self.num_slots = self.num_initial_slots = max(min(self.num_slots, max_cache_len), 1)
+        self._spare: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _start_window(self, key_states: Tensor, value_states: Tensor) -> None:
-        super()._start_window(key_states, value_states)
-        self.keys, self.values = fix_address(self.keys), fix_address(self.values)
-        self.key_positions = fix_address(self.key_positions.contiguous())
+        if self._spare is None or self._spare[0].shape[0] != key_states.shape[0]:
+            super()._start_window(key_states, value_states)
+            self._spare = tuple(fix_address(x.contiguous()) for x in (self.keys, self.values, self.key_positions))
+        self.keys, self.values, self.key_positions = self._spare
+        self.key_positions.fill_(-1)
 
     def reset(self) -> None:
         """Forget everything, but keep the buffers."""
         StaticStatesMixin.reset(self)
-        if self.key_positions is not None:
-            self.key_positions.fill_(-1)
+        if self.keys is not None:
+            self._spare = (self.keys, self.values, self.key_positions)
+            self.keys = self.values = self.key_positions = None
 
 
 LAYER_CLASSES = {MEMORY: MemoryCacheLayer, MEMORY_SLIDING: MemorySlidingCacheLayer}
 STATIC_LAYER_CLASSES = {MEMORY: StaticMemoryCacheLayer, MEMORY_SLIDING: StaticMemorySlidingCacheLayer}
-
-# So that a cache which transformers builds from a config comes as far as our own error, or, in `generate()`, as far as
-# `MemoryGenerationMixin`, which replaces it.
-for _layer_type in LAYER_CLASSES:
-    DYNAMIC_LAYER_TYPE_MAPPING.setdefault(_layer_type, LAYER_CLASSES[_layer_type])
-    STATIC_LAYER_TYPE_MAPPING.setdefault(_layer_type, STATIC_LAYER_CLASSES[_layer_type])
 
 
 def window_positions(

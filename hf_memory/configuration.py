@@ -21,10 +21,12 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
 
-MEMORY = "memory"
+# Words that transformers knows: `Trainer` reads a checkpoint's config back through the base class when it resumes, and
+# the base class refuses layer types of our own.
+MEMORY = "linear_attention"
 """`layer_types` value of a layer that keeps memory states only."""
 
-MEMORY_SLIDING = "memory_sliding"
+MEMORY_SLIDING = "hybrid_sliding"
 """`layer_types` value of a layer that keeps memory states and a sliding window of keys and values."""
 
 
@@ -47,8 +49,8 @@ class MemoryConfig(PreTrainedConfig):
     Fields of the shared decoder. An architecture subclasses it, adds its own fields, and overrides `fill_defaults`.
 
     layer_types (`list[str]`, *optional*):
-        What each layer keeps between calls, `"memory"` or `"memory_sliding"`; derived from the architecture's own
-        fields when not given.
+        What each layer keeps between calls: `"linear_attention"` (states) or `"hybrid_sliding"` (states and a window
+        of keys and values); derived from the architecture's own fields when not given.
     format_version (`int`, *optional*, defaults to 1):
         Format of the checkpoint. A checkpoint of a newer format than the installed package knows is refused.
     """
@@ -112,7 +114,7 @@ class MemoryConfig(PreTrainedConfig):
         """Derive the fields that were left open, `layer_types` among them; each architecture has its own."""
 
     def validate_layer_type(self) -> None:
-        """Part of `@strict`-powered validation: our own layer types, one per layer."""
+        """Part of `@strict`-powered validation: layer types that a mixer exists for, one per layer."""
         for layer_type in self.layer_types or ():
             check_choice("layer_types", layer_type, (MEMORY, MEMORY_SLIDING))
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:

@@ -21,7 +21,7 @@ class XPreTrainedModel(MemoryPreTrainedModel):
 
 
 class XModel(MemoryDecoderMixin, XPreTrainedModel):
-    mixer_classes = {"memory": XMixer}
+    mixer_classes = {MEMORY: XMixer}
 
 
 class XForCausalLM(MemoryForCausalLMMixin, XPreTrainedModel, MemoryGenerationMixin):
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -185,7 +185,9 @@ class MemoryDecoderMixin:
                     "A cache continues one sequence per row, but this row packs several: pass them without "
                     "`past_key_values`, or one row each."
                 )
-        elif use_cache and past_key_values is None:
+        elif past_key_values is not None:
+            memory_layer(past_key_values, 0).check_rows(inputs_embeds.shape[0])
+        elif use_cache:
             past_key_values = self._cache_class(config=self.config)
         masks = attention_mask
         if not isinstance(masks, dict):
@@ -211,19 +213,6 @@ class MemoryDecoderMixin:
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _positions(
-        self,
-        inputs_embeds: Tensor,
-        padding_mask: Tensor | None,
-        past_key_values: Cache | None,
-        cu_seqlens: Tensor | None,
-    ) -> Tensor:
-        length, device = inputs_embeds.shape[1], inputs_embeds.device
-        if cu_seqlens is None:
-            return window_positions(find_window(self.config, past_key_values), length, padding_mask, device)[0]
-        token = torch.arange(length, device=device)
-        return (token - cu_seqlens.to(device)[packed_sequence_ids(cu_seqlens, length)])[None]
 
 
 def find_padding(attention_mask: Tensor | Masks | None, length: int) -> Tensor | None:
@@ -311,7 +300,7 @@ def create_memory_masks(
     past_key_values: Cache | None,
     cu_seqlens: Tensor | None = None,
 ) -> Masks:
-    """Masks by layer type: `"memory"` is the padding mask, `"memory_sliding"` that of attention beside a memory."""
+    """Masks by layer type: the padding mask of memory layers, and that of attention beside a memory."""
     masks = {MEMORY: padding_mask}
     if config.has_window:
         sequence_ids = None
@@ -326,9 +315,16 @@ class MemoryGenerationMixin(GenerationMixin):
     """`generate()` with memory caches."""
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict, *args, **kwargs
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
         # transformers has decided which kind of cache it is, how long and where; only its class is not ours.
         stock = model_kwargs.get("past_key_values")
         if getattr(stock, "_is_user_defined", False):
@@ -336,8 +332,11 @@ class MemoryGenerationMixin(GenerationMixin):
         if type(stock) is DynamicCache:
             model_kwargs["past_key_values"] = self._cache_class(self.config, offloading=stock.offloading)
         elif type(stock) is StaticCache:
-            max_cache_len = max(layer.max_cache_len for layer in stock.layers)
-            model_kwargs["past_key_values"] = StaticMemoryCache(self.config, max_cache_len, stock.offloading)
+            # The longest so far, so that a shorter prompt does not compile again.
+            longest = max(max_cache_length, getattr(self, "_previous_max_cache_length", 0))
+            model_kwargs["past_key_values"] = StaticMemoryCache(self.config, longest, stock.offloading)
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()  # which a memory refuses
 
     @staticmethod
     def create_masks_for_generate(

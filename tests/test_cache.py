@@ -63,6 +63,9 @@ def test_reset_returns_to_the_learned_start(model, kind):
     assert int(cache.seen_tokens) == 0 and cache.layers[0].get_states() is None
     again, cache = read(model, ids, cache)
     assert torch.equal(first, again) and int(cache.seen_tokens) == 11
+    cache.reset()
+    wider, _ = read(model, ids.repeat(2, 1), cache)
+    torch.testing.assert_close(wider, first.repeat(2, 1, 1), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -92,6 +95,8 @@ def test_static_cache_keeps_its_addresses(model):
     for _ in range(9):
         read(model, torch.randint(50, (2, 1)), cache)
     cache.reorder_cache(torch.tensor([1, 0]))
+    cache.reset()
+    read(model, torch.randint(50, (2, 5)), cache)
     assert addresses == [tensor.data_ptr() for layer in cache.layers for tensor in layer.tensors()]
     assert isinstance(cache.seen_tokens, torch.Tensor) and cache.is_compileable
 
@@ -140,6 +145,12 @@ def test_unfit_caches_get_a_sentence(model):
     for stock in (DynamicCache(config=windowed.config), StaticCache(config=windowed.config, max_cache_len=16)):
         with pytest.raises(ValueError, match=r"pass a `MemoryCache\(config\)`"):
             windowed(ids, past_key_values=stock)
+
+
+def test_cache_of_another_batch_size_gets_a_sentence(model):
+    _, cache = read(model, torch.randint(50, (2, 4)))
+    with pytest.raises(ValueError, match="holds 2 rows, the input has 3"):
+        model(torch.randint(50, (3, 1)), past_key_values=cache)
 
 
 def test_memory_layer_has_no_keys():

@@ -81,7 +81,7 @@ class SlidingWindowAttention(nn.Module):
             position_embeddings: cosine and sine of the tokens' positions.
             attention_mask: what `create_window_mask` returns.
             padding_mask: `[B, T]` bool, true where a token is valid.
-            past_key_values: cache with a `"memory_sliding"` layer at `layer_idx`.
+            past_key_values: cache with a `MemorySlidingCacheLayer` at `layer_idx`.
 
         Returns:
             Outputs `[B, T, D]` (or `[B, T, H d]` without `o_proj`) and, from the eager implementation, weights.

@@ -16,7 +16,7 @@ def test_defaults_follow_the_paper_and_the_conditioning_rule():
 
 def test_variant_decides_layers_and_persistent_tokens():
     lmm, mag = TitansConfig(num_hidden_layers=3), TitansConfig(variant="mag", num_hidden_layers=3)
-    assert lmm.layer_types == ["memory"] * 3 and mag.layer_types == ["memory_sliding"] * 3
+    assert lmm.layer_types == ["linear_attention"] * 3 and mag.layer_types == ["hybrid_sliding"] * 3
     assert lmm.persistent_in_memory and not mag.persistent_in_memory
     assert not lmm.has_window and mag.has_window
 
@@ -50,8 +50,8 @@ def test_round_trip(tmp_path):
         ({"variant": "mac"}, "one of"),
         ({"num_attention_heads": 0}, "at least 1"),
         ({"hidden_size": 100}, "set `head_dim`"),
-        ({"layer_types": ["memory"]}, "name every layer"),
-        ({"layer_types": ["memory_sliding"] * 24}, "change `variant`"),
+        ({"layer_types": ["linear_attention"]}, "name every layer"),
+        ({"layer_types": ["hybrid_sliding"] * 24}, "change `variant`"),
         ({"layer_types": ["full_attention"] * 24}, "one of"),
         ({"memory_layer_norm": False}, "set memory_depth=1"),
         ({"memory_depth": 3, "gate_granularity": "channel"}, 'set gate_granularity="head"'),

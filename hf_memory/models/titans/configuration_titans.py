@@ -31,8 +31,8 @@ LAYER_TYPE_OF_VARIANT = {"lmm": MEMORY, "mag": MEMORY_SLIDING}
 class TitansConfig(MemoryConfig):
     r"""
     layer_types (`list[str]`, *optional*):
-        What each layer keeps between calls: `"memory"` for every layer of `variant="lmm"`, `"memory_sliding"` for
-        every layer of `variant="mag"`. Derived from `variant`.
+        What each layer keeps between calls: `"linear_attention"` for every layer of `variant="lmm"`,
+        `"hybrid_sliding"` for every layer of `variant="mag"`. Derived from `variant`.
     variant (`str`, *optional*, defaults to `"lmm"`):
         `"lmm"`: the neural memory replaces attention. `"mag"`: the memory gates sliding-window attention that runs
         beside it.
