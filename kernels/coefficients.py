@@ -35,6 +35,12 @@ class Coefficients(NamedTuple):
     grad: Tensor
     grad_momentum: Tensor | None
 
+    def layers(self, depth: int) -> list["Coefficients"]:
+        """Split the axis of gate sets, the one in front of time, into `depth` layers."""
+        parts = [[None] * depth if x is None else x.chunk(depth, -2) for x in self[:3]]
+        parts += [[None] * depth if x is None else x.chunk(depth, -3) for x in self[3:]]
+        return [Coefficients(*layer) for layer in zip(*parts)]
+
 
 def segment_sum(x: Tensor) -> Tensor:
     """`out[..., t, s] = x[..., s+1] + ... + x[..., t]` for s <= t, -inf above the diagonal.

@@ -10,6 +10,7 @@ from torch import Tensor
 from .anchored_mlp.decode import decode_form
 from .anchored_mlp.reference import reference_form
 from .grid import PackedRows
+from .precision import without_autocast
 from .prefill import chunk_form
 from .state import check_state
 from .types import FORMS, AnchoredOptions, Gates, Inputs, Norm, State, check_inputs
@@ -79,7 +80,7 @@ def _anchored(
         rows = PackedRows(cu_seqlens, *q.shape[:2], q.device)
         q, k, v, *unpacked = (None if x is None else rows.unpack(x) for x in (q, k, v, *gates))
         gates, mask = Gates(*unpacked), rows.mask
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device):
         inputs = check_inputs(q, k, v, gates, weights, norm, mask, options)
         out, final = _run(inputs, initial_state, output_final_state)
     if rows is not None:

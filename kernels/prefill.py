@@ -31,15 +31,12 @@ def _tile_width(inputs: Inputs, buffered: int) -> int:
 def _tiles(inputs: Inputs, grid: RowGrid, slots: list[Tensor], gates: Gates) -> Tensors:
     options, ends = inputs.options, grid.ends()
     operands: list[Tensor | None] = [grid.tiles(x) for x in slots]
-    by_layer = zip(*(inputs.gate_sets(gate) for gate in gates), inputs.kinds)
-    for step, log_decay, log_momentum, kind in by_layer:
-        step, log_decay, log_momentum = (
-            None if gate is None else grid.tiles(gate).mT for gate in (step, log_decay, log_momentum)
-        )
-        c = coefficients.build(step, log_decay, log_momentum)
+    step, log_decay, log_momentum = (None if gate is None else grid.tiles(gate).mT for gate in gates)
+    all_layers = coefficients.build(step, log_decay, log_momentum)
+    for c, kind in zip(all_layers.layers(inputs.depth), inputs.kinds):
         operands += Coupling.from_coefficients(c, ends, kind)
-        if uses_solve(inputs):
-            operands += anchor_rows(c, options.chunk_size, log_decay, options.decay_before_grad)
+    if uses_solve(inputs):
+        operands += anchor_rows(all_layers, options.chunk_size, log_decay, options.decay_before_grad)
     return tuple(operands)
 
 

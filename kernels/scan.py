@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .precision import without_autocast
+
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -75,7 +77,7 @@ class _Scan(torch.autograd.Function):
         kept = saved[num_operands + num_shared :]
         tile_grads = tuple(None if x is None else torch.empty_like(x) for x in tiles)
         shared_grads: list[Tensor | None] = [None] * num_shared
-        with torch.autocast(cot.device.type, enabled=False):
+        with without_autocast(cot.device):
             for start in reversed(range(0, ctx.num_tiles, ctx.group)):
                 first = start // ctx.group * num_states
                 state = kept[first : first + num_states]

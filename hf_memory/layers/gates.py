@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_memory.kernels import Gates
+from hf_memory.kernels.precision import without_autocast
 from hf_memory.layers.norms import at_least_float32
 
 
@@ -58,7 +59,7 @@ class MemoryGates(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Gates:
         """Gates `[B, T, H, G]` (float32, or float64 in a float64 model) of hidden states `[B, T, D]`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device):
             step = self._logits(self.step_proj, hidden_states)
             step = step.sigmoid() if self.step_act == "sigmoid" else nn.functional.softplus(step)
             decay = momentum = None

@@ -65,10 +65,6 @@ def decode_form(inputs: Inputs, state: State) -> tuple[Tensor, State]:
 
 def _couplings(inputs: Inputs, gates: Gates, phase: Tensor) -> list[Coupling]:
     """Coefficients of the newest row, from the gates of the buffered rows `[B, H, chunk, G]`."""
-    by_layer = zip(*(inputs.gate_sets(gate) for gate in gates), inputs.kinds)
-    return [
-        Coupling.from_coefficients(
-            coefficients.last_row(*(None if gate is None else gate.mT for gate in sets), phase), None, kind
-        )
-        for *sets, kind in by_layer
-    ]
+    rows = (None if gate is None else gate.mT for gate in gates)
+    layers = coefficients.last_row(*rows, phase).layers(inputs.depth)
+    return [Coupling.from_coefficients(c, None, kind) for c, kind in zip(layers, inputs.kinds)]
