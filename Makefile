@@ -9,6 +9,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# One single-threaded process per core: the tensors of tests are too small to share one between threads.
+WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed-from-constraints
@@ -30,10 +32,10 @@ $(READY): constraints.txt pyproject.toml
 	@touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m slow $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
