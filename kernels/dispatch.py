@@ -152,7 +152,7 @@ def anchored_mlp(
     v: Tensor,
     gates: Gates,
     weights: Sequence[Tensor],
-    norm: Norm | tuple[Tensor, Tensor],
+    norm: Norm | tuple[Tensor, Tensor] | None,
     initial_state: State | None = None,
     output_final_state: bool = False,
     mask: Tensor | None = None,
@@ -167,7 +167,7 @@ def anchored_mlp(
         v: values `[B, T, H, K]`.
         gates: per-token step size, decay and momentum, `[B, T, H, L]`, or `[B, T, H, 2 K]` for depth 2.
         weights: learned starts `[H, K, n], [H, n, n], ..., [H, n, K]`.
-        norm: affine `(weight, bias)` of the memory's LayerNorm, `[H, K]` each.
+        norm: affine `(weight, bias)` of the memory's LayerNorm, `[H, K]` each; `None` drops LayerNorm and residual.
         initial_state: see `anchored_linear`, as are the remaining arguments.
         output_final_state: return the state behind the last token.
         mask: `[B, T]` valid tokens.

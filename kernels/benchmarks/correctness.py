@@ -1,0 +1,108 @@
+"""No op is timed before it is right.
+
+The standard is the op's reference form in float64 on the CPU. What an op may err is a multiple of what the reference
+itself loses when it gets the operands in the precision of the row.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .inputs import Shape, Tensors, cast
+from .peers import Provider
+from .registry import Op
+
+
+MODES = ("fwd", "fwd+bwd", "decode")
+
+# One token more than two of the widest tiles; two rows and two heads tell their mix-ups apart.
+BATCH, TIME, HEADS = 2, 135, 2
+DECODE_FROM = 70
+
+MULTIPLE = 4
+# Below this an error says nothing: the reference may lose next to nothing by luck, and products whose operands are in
+# half precision lose 2^-9 each, several in a row.
+FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+class WrongResultError(RuntimeError):
+    """An op differs from its definition, so its speed means nothing."""
+
+
+class Check(NamedTuple):
+    """Worst tensor of a check: its relative RMS error, and what was allowed."""
+
+    tensor: str
+    error: float
+    allowed: float
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """Relative root-mean-square difference; infinite if `x` is not finite."""
+    error = (x.detach().cpu().double() - truth).norm() / truth.norm().clamp(min=1e-30)
+    return float(error) if torch.isfinite(error) else float("inf")
+
+
+def outputs_and_gradients(forward, inputs: Tensors, cotangent: Tensor | None) -> dict[str, Tensor]:
+    """Outputs of a call and, given a cotangent of the outputs, the gradients of all operands."""
+    if cotangent is None:
+        with torch.no_grad():
+            return {"out": forward(inputs)}
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    out = forward(leaves)
+    gradients = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out))
+    return {"out": out} | {f"d {name}": gradient for name, gradient in zip(leaves, gradients)}
+
+
+@lru_cache(maxsize=8)
+def _standard(op: Op, width: int, dtype: torch.dtype, gradients: bool) -> tuple[Tensors, Tensors, dict[str, float]]:
+    """Operands, float64 results, and the relative errors of the reference in `dtype`."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = cast(op.make(Shape(BATCH, TIME, HEADS, width), generator), dtype)
+    inputs["cotangent"] = torch.randn(inputs["v"].shape, generator=generator)
+    operands = {name: x for name, x in inputs.items() if name != "cotangent"}
+    cotangent = inputs["cotangent"] if gradients else None
+    truth = outputs_and_gradients(op.truth, cast(operands, torch.float64), cotangent)
+    truth = {name: x.detach() for name, x in truth.items()}
+    own = outputs_and_gradients(op.truth, operands, cotangent)
+    return inputs, truth, {name: relative_error(x, truth[name]) for name, x in own.items()}
+
+
+def check(op: Op, provider: Provider, width: int, dtype: torch.dtype, mode: str, device: torch.device) -> Check:
+    """Compare a provider with the float64 reference.
+
+    Args:
+        op: what it should compute.
+        provider: who computes it.
+        width: width of queries, keys and values.
+        dtype: precision of the operands.
+        mode: `"fwd"`, `"fwd+bwd"` (gradients too) or `"decode"` (token by token after a prompt).
+        device: where it computes it.
+
+    Returns:
+        The tensor that comes closest to its limit.
+
+    Raises:
+        WrongResultError: naming the tensors that are beyond it.
+    """
+    inputs, truth, own = _standard(op, width, dtype, mode == "fwd+bwd")
+    operands = {name: x.to(device) for name, x in inputs.items() if name != "cotangent"}
+    if mode == "decode":
+        with torch.no_grad():
+            step = provider.decode(operands, DECODE_FROM)
+            results = {"out": torch.cat([step(token) for token in range(DECODE_FROM, TIME)], dim=1)}
+        truth = {"out": truth["out"][:, DECODE_FROM:]}
+    else:
+        cotangent = inputs["cotangent"].to(device) if mode == "fwd+bwd" else None
+        results = outputs_and_gradients(provider.forward, operands, cotangent)
+    checks = [
+        Check(name, relative_error(x, truth[name]), max(MULTIPLE * own[name], FLOOR[dtype]))
+        for name, x in results.items()
+    ]
+    wrong = [c for c in checks if not c.error <= c.allowed]
+    if wrong:
+        listing = ", ".join(f"{c.tensor} is off by {c.error:.1e} (allowed {c.allowed:.1e})" for c in wrong)
+        raise WrongResultError(f"{op.label} by {provider.name} ({provider.form}, {dtype}, {mode}): {listing}.")
+    return max(checks, key=lambda c: c.error / c.allowed)

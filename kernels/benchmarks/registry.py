@@ -1,0 +1,165 @@
+"""The ops that have a benchmark. A new op is one entry of `OPS`; a new form of an op appears by itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .. import presets
+from ..dispatch import anchored_linear, anchored_mlp, force_form, forms
+from ..types import AnchoredOptions, State
+from .inputs import (
+    Shape,
+    Tensors,
+    attention_inputs,
+    gates_of,
+    memory_inputs,
+    norm_of,
+    weights_of,
+    window,
+)
+from .peers import FLA_GATED_DELTA_RULE, SDPA, Provider, softmax_attention
+
+
+Run = Callable[[Tensors, State | None, bool], tuple[Tensor, State | None]]
+"""`(operands, initial state, whether to return the final one)` -> outputs and final state."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One function with everything that computes it.
+
+    Attributes:
+        name: its name in the rows.
+        make: random float32 operands for a shape.
+        truth: the function, in the dtype of its operands; with all of them in float64, the standard of the gate.
+        run: the op of this package that computes it, if there is one.
+        grid: chunk size of the inner gradients, where there are some.
+        options: what else defines the function, for the rows.
+        peers: how other libraries compute the same function.
+    """
+
+    name: str
+    make: Callable[[Shape, torch.Generator], Tensors]
+    truth: Callable[[Tensors], Tensor]
+    run: Run | None = None
+    grid: int | None = None
+    options: str = ""
+    peers: tuple[Provider, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Name with the grid: `anchored_mlp/16`."""
+        return self.name if self.grid is None else f"{self.name}/{self.grid}"
+
+    def providers(self, device: torch.device, peers: bool = False) -> list[Provider]:
+        """Everything that can compute the op on a device, our own fast forms first."""
+        own = [] if self.run is None else [_own(self.run, form) for form in forms(device) if form != "reference"]
+        if own and not peers:
+            return own
+        return own + [peer for peer in self.peers if device.type in peer.devices and peer.is_installed]
+
+
+def _own(run: Run, form: str) -> Provider:
+    def forward(inputs: Tensors) -> Tensor:
+        with force_form(form):
+            return run(inputs, None, False)[0]
+
+    def decode(inputs: Tensors, start: int) -> Callable[[int], Tensor]:
+        with force_form(form):
+            _, state = run(window(inputs, 0, start), None, True)
+
+        def step(token: int) -> Tensor:
+            nonlocal state
+            with force_form(form):
+                out, state = run(window(inputs, token, token + 1), state, True)
+            return out
+
+        return step
+
+    return Provider("hf_memory", form, "hf-memory", forward, decode)
+
+
+def _truth(run: Run) -> Callable[[Tensors], Tensor]:
+    def truth(inputs: Tensors) -> Tensor:
+        with force_form("reference"):
+            return run(inputs, None, False)[0]
+
+    return truth
+
+
+def _linear(inputs: Tensors, state: State | None, final: bool, options: AnchoredOptions) -> tuple:
+    operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), *weights_of(inputs), norm_of(inputs))
+    return anchored_linear(*operands, state, final, options=options)
+
+
+def _mlp(inputs: Tensors, state: State | None, final: bool, options: AnchoredOptions) -> tuple:
+    operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), weights_of(inputs), norm_of(inputs))
+    return anchored_mlp(*operands, state, final, options=options)
+
+
+def _gated_delta_rule(inputs: Tensors, state: State | None, final: bool) -> tuple:
+    g, beta = inputs["log_decay"].squeeze(-1), inputs["step"].squeeze(-1)
+    return presets.gated_delta_rule(inputs["q"], inputs["k"], inputs["v"], g, beta, state, final)
+
+
+def _gated_delta_rule_inputs(shape: Shape, generator: torch.Generator) -> Tensors:
+    inputs = memory_inputs(shape, generator, momentum=False)
+    del inputs["weight_0"]
+    return inputs
+
+
+def _op(name: str, run: Run, make: Callable[[Shape, torch.Generator], Tensors], **fields) -> Op:
+    return Op(name, make, _truth(run), run, **fields)
+
+
+def _anchored(grid: int) -> list[Op]:
+    zero = AnchoredOptions(chunk_size=grid)
+    init = replace(zero, decay_target="init")
+    return [
+        _op(
+            "anchored_linear",
+            partial(_linear, options=zero),
+            memory_inputs,
+            grid=grid,
+            options="plain, momentum, decay to zero",
+        ),
+        _op(
+            "anchored_linear_norm",
+            partial(_linear, options=init),
+            partial(memory_inputs, norm=True),
+            grid=grid,
+            options="LayerNorm + residual, momentum, decay to init",
+        ),
+        _op(
+            "anchored_mlp",
+            partial(_mlp, options=init),
+            partial(memory_inputs, depth=2, norm=True),
+            grid=grid,
+            options="depth 2, expansion 4, momentum, decay to init",
+        ),
+    ]
+
+
+def _all_ops() -> list[Op]:
+    ops = [op for grid in (1, 16, 64) for op in _anchored(grid)]
+    # Tiles of one token: the deep memories on the exact online rule are as slow as a loop over tokens has to be.
+    ops = [op for op in ops if op.grid > 1 or op.name == "anchored_linear"]
+    ops.append(
+        _op(
+            "gated_delta_rule",
+            _gated_delta_rule,
+            _gated_delta_rule_inputs,
+            grid=1,
+            options="no momentum",
+            peers=(FLA_GATED_DELTA_RULE,),
+        )
+    )
+    ops.append(Op("softmax_attention", attention_inputs, softmax_attention, options="causal", peers=(SDPA,)))
+    return ops
+
+
+OPS: dict[str, Op] = {op.label: op for op in _all_ops()}
+"""Label (`name/grid`) -> op."""

@@ -1,0 +1,169 @@
+"""Every example in its smallest size, and what it promises."""
+
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import typer
+from rich.progress import Progress
+
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+TINY_TRAINING = {"size": "16x1x2", "context": 32, "batch": 2, "eval_blocks": 4, "tokens": 256}
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch):
+    """Import an example as its script would find itself: with its folder on the path."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    before = torch.get_num_threads()
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    torch.set_num_threads(before)
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+def test_readme_shows_how_to_run_every_script():
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in EXAMPLES.glob("*.py") if "typer.run(" in path.read_text(encoding="utf-8")}
+    assert scripts == set(re.findall(r"python examples/(\w+\.py)", readme))
+
+
+def test_text_is_split_by_whole_packages(example):
+    stdlib = example("stdlib_text")
+    training, held_out = stdlib.source_files()
+    names = {path.name for path in held_out}
+    assert "decoder.py" in names and "base_events.py" in names
+    assert not set(training) & set(held_out)
+    assert not any({"site-packages", "test", "json"} & set(path.parts[-2:-1]) for path in training)
+    text = stdlib.read(held_out[:2])
+    assert len(text) == sum(path.stat().st_size + 1 for path in held_out[:2])
+    assert stdlib.read(held_out, limit=10).tobytes() == text[:10].tobytes()
+
+
+def test_million_tokens_keeps_its_state_size(example, tmp_path: Path, capsys):
+    tokens = {"tokens": 1500, "piece": 256, "hidden": 16, "heads": 2, "layers": 1}
+    example("million_tokens").main(**tokens, plot_file=tmp_path / "plot.png")
+    output = capsys.readouterr().out
+    start, end = (re.search(rf"state, {which} piece +([\d,]+) bytes", output)[1] for which in ("first", "last"))
+    assert start == end and "(equal)" in output
+    assert f"{2 * 4 * 16 * 1500:,} bytes for as many tokens" in output
+    assert re.search(r"last 64k tokens +[\d,]+ tokens/s", output)
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_million_tokens_reports_what_it_has_on_ctrl_c(example, monkeypatch):
+    million = example("million_tokens")
+    all_pieces = million.pieces
+
+    def interrupted(tokens: int, length: int):
+        for i, piece in enumerate(all_pieces(tokens, length)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(million, "pieces", interrupted)
+    config = million.TitansConfig(
+        vocab_size=256, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with Progress(disable=True) as progress:
+        reading = million.read_pieces(million.TitansForCausalLM(config), 10_000, 64, progress)
+    assert reading.lengths == [64, 64, 64]
+    assert len(set(reading.state_bytes)) == 1
+    assert all(speed > 0 for speed in reading.end_speeds())
+
+
+def test_training_comparison_compares_equals(example, tmp_path: Path, capsys):
+    comparison = example("train_comparison")
+    comparison.main(output=tmp_path, **TINY_TRAINING)
+    results = json.loads((tmp_path / "results.json").read_text())
+    runs = {run["model"]: run for run in results["runs"]}
+    assert list(runs) == list(comparison.MODELS)
+    parameters = [run["parameters"] for run in runs.values()]
+    assert max(parameters) <= (1 + comparison.TOLERANCE) * min(parameters)
+    for run in runs.values():
+        assert run["tokens"] == 256 and run["seconds"] > 0 and run["cache_bytes"] > 0
+        assert 6 < run["bits_per_byte"] < 10
+        splits = [point["split"] for point in run["curve"]]
+        assert splits.count("train") == splits.count("held_out") == 4
+    assert (tmp_path / "comparison.png").stat().st_size > 1000
+    assert "bits per byte, held-out packages" in capsys.readouterr().out
+
+    with pytest.raises(typer.BadParameter, match="--resume"):
+        comparison.main(output=tmp_path, **TINY_TRAINING)
+
+
+def test_training_comparison_resumes_to_the_same_result(example, tmp_path: Path, monkeypatch):
+    comparison = example("train_comparison")
+    arguments = {"models": "titans-depth-1", "lrs": "1e-2", **TINY_TRAINING}
+    comparison.main(output=tmp_path / "whole", **arguments)
+
+    def killed(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparison.Clock, "on_step_begin", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            comparison.main(output=tmp_path / "resumed", **arguments)
+    comparison.main(output=tmp_path / "resumed", resume=True)
+
+    whole, resumed = (
+        json.loads((tmp_path / name / "results.json").read_text())["runs"][0] for name in ("whole", "resumed")
+    )
+    assert resumed["bits_by_position"] == whole["bits_by_position"]
+    assert [point["bits"] for point in resumed["curve"]] == [point["bits"] for point in whole["curve"]]
+
+
+def test_all_models_read_the_same_blocks_in_the_same_order(example):
+    comparison = example("train_comparison")
+    text = comparison.read(comparison.source_files()[1], limit=10_000)
+    blocks, again, other = (comparison.Blocks(text, 64, seed) for seed in (0, 0, 1))
+    assert (blocks.blocks == again.blocks).all() and not (blocks.blocks == other.blocks).all()
+    assert len(blocks) == 10_000 // 64
+
+
+def test_time_decides_about_tokens(example):
+    comparison = example("train_comparison")
+    plan = comparison.Plan(["llama"], 16, 1, 2, 16, 32, 2, 0, [1e-3], 0, "cpu", False, 4)
+    configs = comparison.matched_configs(plan)
+    short, long = (comparison.affordable_tokens(configs, plan, minutes) for minutes in (0.0, 5))
+    assert short == plan.batch * plan.context < long
+
+
+def test_one_failing_step_of_a_session_leaves_the_others(example, tmp_path: Path, monkeypatch):
+    session = example("gpu_session")
+    program = [sys.executable, "-c"]
+
+    def steps(*args) -> list:
+        return [
+            session.Step("fails", [*program, "raise SystemExit(3)"], 0.5),
+            session.Step("hangs", [*program, "import time; time.sleep(60)"], 0.1),
+            session.Step("training", [*program, "print('trained')"], 1.0),
+        ]
+
+    monkeypatch.setattr(session, "steps", steps)
+    with pytest.raises(typer.Exit):
+        session.main(output=tmp_path, device="cpu", minutes=0.8)
+    summary = json.loads((tmp_path / "session.json").read_text())
+    assert [step["status"] for step in summary["steps"]] == [3, "out of time", 0]
+    assert "trained" in (tmp_path / "session.log").read_text()
+
+
+@pytest.mark.slow
+def test_session_fills_its_folder(example, tmp_path: Path):
+    example("gpu_session").main(output=tmp_path, device="cpu", quick=True, minutes=10)
+    summary = json.loads((tmp_path / "session.json").read_text())
+    assert all(step["status"] == 0 for step in summary["steps"])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"cpu.jsonl", "session.json", "session.log", "training.json", "training.png"}
