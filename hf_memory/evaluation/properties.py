@@ -10,7 +10,7 @@ exactly counts faults instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedModel
 
@@ -72,6 +72,7 @@ def check_model(
     budget: Budget | str = "quick",
     seed: int = 0,
     tolerance: float | None = None,
+    on_start: Callable[[str], None] | None = None,
 ) -> Report:
     """
     Runs the property suite on a causal language model.
@@ -83,6 +84,7 @@ def check_model(
         budget: `"quick"` (seconds on a tiny model), `"full"` (minutes) or a `Budget`.
         seed: seed of all random inputs; each property starts from it, so that one run alone repeats its result.
         tolerance: largest accepted deviation; by default from the dtype and the model's conditioning.
+        on_start: called with the name of each property before it runs.
 
     Returns:
         `Report`; `report.failed` is empty when every property that applies is kept.
@@ -116,6 +118,8 @@ def check_model(
         tolerance = Subject(model, budget, seed).tolerance
     report = Report(type(model).__name__, model.num_parameters(), str(model.dtype).removeprefix("torch."))
     for name in names:
+        if on_start is not None:
+            on_start(name)
         report.results.append(PROPERTIES[name].run(Subject(model, budget, seed, tolerance)))
     return report
 

@@ -11,7 +11,7 @@ from hf_memory.evaluation.properties_subject import Subject, deviation, state_de
 
 
 def reads_context(subject: Subject) -> Result:
-    """The last logits depend on the first half of the prompt, far above the tolerance (else the rest proves little)."""
+    """The last logits depend on the first half of the prompt, far above the tolerance (or the rest proves little)."""
     tokens = subject.tokens(2, subject.prompt_length)
     half = subject.prompt_length // 2
     changed = torch.cat([subject.other(tokens[:, :half]), tokens[:, half:]], dim=1)

@@ -145,7 +145,8 @@ class Worst:
         refused = "; ".join(f"{', '.join(labels)}: {message}" for message, labels in self.refusals.items())
         failing = "fails: " + "; ".join(self.failing) if self.failing else ""
         if self.measured is None:
-            return Result("", "refused", tolerance=self.tolerance, detail=refused)
+            status = "refused" if refused else "not-applicable"
+            return Result("", status, tolerance=self.tolerance, detail=refused or "nothing was measured")
         status = "pass" if self.measured <= self.tolerance else "fail"
         refused = f"refused: {refused}" if refused else ""
         detail = "; ".join(part for part in (failing, f"worst: {self.label}", refused) if part)
