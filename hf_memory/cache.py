@@ -1,16 +1,3 @@
-# Copyright 2026 the hf-memory authors
-#
-# Licensed under the Apache License, Version 2.0 (the "License");
-# you may not use this file except in compliance with the License.
-# You may obtain a copy of the License at
-#
-#     http://www.apache.org/licenses/LICENSE-2.0
-#
-# Unless required by applicable law or agreed to in writing, software
-# distributed under the License is distributed on an "AS IS" BASIS,
-# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
-# See the License for the specific language governing permissions and
-# limitations under the License.
 """A transformers `Cache` whose layers own memory states of fixed size.
 
 A memory layer stores named tensors with the batch in front. What they mean is the business of the mixer that wrote
@@ -62,6 +49,9 @@ class MemoryStatesMixin(CacheLayerMixin):
         if not self.has_states:
             return None
         self.prefetch()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Autograd refuses tensors that were made in inference mode.
+            return {name: x.clone() if x.is_inference() else x for name, x in self.states.items()}
         return self.states
 
     def check_rows(self, rows: int) -> None:
@@ -78,6 +68,9 @@ class MemoryStatesMixin(CacheLayerMixin):
         self.states = self.states | {name: self._replace(self.states.get(name), new) for name, new in states.items()}
         self.device = next(iter(states.values())).device
         self.has_states = self.is_initialized = True
+        self._count(num_tokens)
+
+    def _count(self, num_tokens: int) -> None:
         self.seq_length += num_tokens
 
     def lazy_initialization(self, *args, **kwargs) -> None:
@@ -178,13 +171,15 @@ class StaticStatesMixin(MemoryStatesMixin):
         """Write the states after `num_tokens` more tokens into their buffers."""
         if not self.is_initialized:
             self.seq_length = fix_address(self.seq_length.to(next(iter(states.values())).device))
-        super().update_states(states, 0)
-        self.seq_length.add_(num_tokens)
+        super().update_states(states, num_tokens)
+
+    def _count(self, num_tokens: int) -> None:
+        self.seq_length = self._replace(self.seq_length, self.seq_length + num_tokens)
 
     def _replace(self, old: Tensor | None, new: Tensor) -> Tensor:
         if new is old or new.requires_grad:
             return new
-        if old is None or old.requires_grad or old.shape != new.shape or old.device != new.device:
+        if old is None or old.requires_grad or old.shape != new.shape or old.device != new.device or is_locked(old):
             return fix_address(new.clone(memory_format=torch.contiguous_format))
         return old.copy_(new)
 
@@ -192,6 +187,11 @@ class StaticStatesMixin(MemoryStatesMixin):
         """Forget everything, but keep the buffers."""
         self.has_states = False
         self.seq_length.zero_()
+
+
+def is_locked(tensor: Tensor) -> bool:
+    """Whether a tensor made in inference mode would have to be written outside of it."""
+    return not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def fix_address(tensor: Tensor) -> Tensor:
@@ -253,6 +253,7 @@ class MemorySlidingCacheLayer(MemoryStatesMixin):
         self.num_initial_slots = 0
         self.key_positions: Tensor | None = None
         self.prefix: tuple[Tensor, Tensor] | None = None
+        self.has_prefix = False
 
     def slots(self, device: torch.device) -> Tensor:
         """Positions of the cached keys, `[B or 1, S]`, -1 for an empty slot."""
@@ -324,6 +325,7 @@ class MemorySlidingCacheLayer(MemoryStatesMixin):
         """Keep keys and values `[1, H, N, D]` of the learned prefix for the next call."""
         old_keys, old_values = self.prefix or (None, None)
         self.prefix = (self._replace(old_keys, keys), self._replace(old_values, values))
+        self.has_prefix = True
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that the layer holds."""
@@ -341,6 +343,7 @@ class MemorySlidingCacheLayer(MemoryStatesMixin):
         """Forget everything: the next token meets the learned start and an empty window."""
         super().reset()
         self.keys = self.values = self.key_positions = self.prefix = None
+        self.has_prefix = False
 
 
 class StaticMemorySlidingCacheLayer(StaticStatesMixin, MemorySlidingCacheLayer):
@@ -348,7 +351,8 @@ class StaticMemorySlidingCacheLayer(StaticStatesMixin, MemorySlidingCacheLayer):
 
     def __init__(self, max_cache_len: int, **kwargs) -> None:
         super().__init__(max_cache_len, **kwargs)
-        self.num_slots = self.num_initial_slots = max(min(self.num_slots, max_cache_len), 1)
+        # The whole window, also where `max_cache_len` is shorter: reading on would narrow it without a word.
+        self.num_slots = self.num_initial_slots = max(self.num_slots, 1)
         self._spare: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _start_window(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -361,6 +365,7 @@ class StaticMemorySlidingCacheLayer(StaticStatesMixin, MemorySlidingCacheLayer):
     def reset(self) -> None:
         """Forget everything, but keep the buffers."""
         StaticStatesMixin.reset(self)
+        self.has_prefix = False
         if self.keys is not None:
             self._spare = (self.keys, self.values, self.key_positions)
             self.keys = self.values = self.key_positions = None

@@ -177,7 +177,15 @@ class MemoryDecoderMixin:
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        padding_mask = find_padding(attention_mask, inputs_embeds.shape[1])
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError("The input is empty: give at least one token.")
+        is_continued = past_key_values is not None and has_read(past_key_values)
+        if is_continued and self.gradient_checkpointing and self.training:
+            raise ValueError(
+                "Gradient checkpointing cannot continue from a cache: call `model.gradient_checkpointing_disable()`, "
+                "or pass the whole text without `past_key_values`."
+            )
+        padding_mask = find_padding(attention_mask, inputs_embeds, is_continued)
         cu_seqlens = find_packing(kwargs.get("cu_seq_lens_q"), position_ids, inputs_embeds, padding_mask)
         if cu_seqlens is not None:
             if past_key_values is not None:
@@ -215,24 +223,38 @@ class MemoryDecoderMixin:
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def find_padding(attention_mask: Tensor | Masks | None, length: int) -> Tensor | None:
-    """Which of the `length` new tokens are valid, `[B, T]` bool; `None` when all of them are.
+def has_read(past_key_values: Cache) -> bool:
+    """Whether a cache holds anything."""
+    return any(layer.is_initialized and getattr(layer, "has_states", True) for layer in past_key_values.layers)
+
+
+def find_padding(
+    attention_mask: Tensor | Masks | None, inputs_embeds: Tensor, is_continued: bool = False
+) -> Tensor | None:
+    """Which of the T new tokens are valid, `[B, T]` bool; `None` when all of them are.
 
     Args:
-        attention_mask: `[B, >= T]`, whose last T columns belong to the new tokens, or masks made in advance.
-        length: number T of new tokens.
+        attention_mask: `[B, T]`, behind a cache `[B, >= T]`, whose last T columns belong to the new tokens, or masks
+            made in advance.
+        inputs_embeds: `[B, T, D]`.
+        is_continued: whether a cache holds earlier tokens.
 
     Raises:
         ValueError: for a mask of another shape.
     """
     if attention_mask is None:
         return None
+    batch, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, dict):
+        if MEMORY not in attention_mask:
+            raise ValueError(f"Masks made in advance need an entry {MEMORY!r}, got {list(attention_mask)}.")
         return attention_mask[MEMORY]
-    if attention_mask.dim() != 2 or attention_mask.shape[1] < length:
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] != batch or shape[1] < length or (shape[1] > length and not is_continued):
         raise ValueError(
-            "`attention_mask` must be [batch, tokens] with a column for each new token (a memory has no use for a "
-            f"mask between pairs of tokens), got shape {tuple(attention_mask.shape)} for {length} new tokens."
+            "`attention_mask` must be [batch, tokens] with a column for each token, cached ones included (a memory "
+            f"has no use for a mask between pairs of tokens), got shape {shape} for {batch} rows of {length} new "
+            f"tokens {'behind a' if is_continued else 'without a'} cache."
         )
     mask = attention_mask[:, -length:].bool().contiguous()
     # Reading the mask waits for a GPU. That is worth it before a long call, which the check may spare the work of
@@ -347,7 +369,7 @@ class MemoryGenerationMixin(GenerationMixin):
         **kwargs,
     ) -> Masks:
         """Masks for a compiled forward pass, made outside of it."""
-        padding_mask = find_padding(attention_mask, inputs_embeds.shape[1])
+        padding_mask = find_padding(attention_mask, inputs_embeds, has_read(past_key_values))
         return create_memory_masks(config, inputs_embeds, padding_mask, past_key_values)
 
 

@@ -2,7 +2,8 @@
 
 | name | shape | meaning |
 |---|---|---|
-| `memory_i` | `[B, H, in, out]` | layer i at the last chunk boundary, minus what it decays towards |
+| `memory_i` | `[B, H, in, out]` | layer i at the last chunk boundary, where forgetting leads to zero |
+| `offset_i` | `[B, H, in, out]` | the same minus its learned start, where forgetting leads there |
 | `momentum_i` | `[B, H, in, out]` | its momentum there (only with momentum) |
 | `keys`, `values` | `[B, H, chunk, D]` | rows since the boundary, zero behind `phase` |
 | `step`, `log_decay`, `log_momentum` | `[B, H, chunk, G]` | their gates (those in use) |
@@ -32,10 +33,15 @@ def shared_operands(inputs: Inputs) -> tuple[Tensor | None, ...]:
     return (*inputs.base, *((None, None) if norm is None else (norm.weight.unsqueeze(1), norm.bias.unsqueeze(1))))
 
 
+def memory_name(inputs: Inputs) -> str:
+    """Two names for two meanings, so that a state never passes for the other kind."""
+    return "offset" if inputs.options.decay_target == "init" else "memory"
+
+
 def carried(inputs: Inputs, state: State | None) -> tuple[Tensor, ...]:
     """Memory offsets and momenta at the last boundary; the learned start where there is no state."""
     batch, has_momentum = inputs.q.shape[0], inputs.gates.log_momentum is not None
-    names = [f"memory_{i}" for i in range(inputs.depth)]
+    names = [f"{memory_name(inputs)}_{i}" for i in range(inputs.depth)]
     if state is not None:
         names += [f"momentum_{i}" for i in range(inputs.depth)] if has_momentum else []
         return tuple(state[name].to(inputs.q.dtype) for name in names)
@@ -54,12 +60,15 @@ def check_state(inputs: Inputs, state: State) -> None:
     batch, _, heads, width = inputs.q.shape
     chunk, sets = inputs.options.chunk_size, inputs.gates.step.shape[-1]
     expected = {"keys": (batch, heads, chunk, width), "step": (batch, heads, chunk, sets), "phase": (batch,)}
-    prefixes = ["memory"] if inputs.gates.log_momentum is None else ["memory", "momentum"]
+    prefixes = [memory_name(inputs)] + ([] if inputs.gates.log_momentum is None else ["momentum"])
     for i, weight in enumerate(inputs.weights):
         expected |= {f"{prefix}_{i}": (batch, *weight.shape) for prefix in prefixes}
+    names = {*expected, "values", *(f"feature_{i}" for i in range(1, inputs.depth))}
+    names |= {f"direction_{i}" for i in range(inputs.depth)}
+    names |= {name for name, gate in inputs.gates._asdict().items() if gate is not None}
+    if odd := sorted(names ^ state.keys()):
+        raise ValueError(f"`initial_state` was made with other options: {', '.join(odd)} missing or not expected.")
     for name, shape in expected.items():
-        if name not in state:
-            raise ValueError(f"`initial_state` lacks {name!r}: it was made by an op with other options.")
         if tuple(state[name].shape) != shape:
             raise ValueError(f"`initial_state[{name!r}]` has shape {tuple(state[name].shape)}, expected {shape}.")
 
@@ -73,7 +82,7 @@ def make_state(
     _, features, directions = rule.write(keys, values, rule.memory(inputs.base, carry), norm)
     empty = torch.arange(keys.shape[2], device=keys.device)[None, None, :, None] >= phase[:, None, None, None]
 
-    state = {f"memory_{i}": d for i, d in enumerate(carry[: inputs.depth])}
+    state = {f"{memory_name(inputs)}_{i}": d for i, d in enumerate(carry[: inputs.depth])}
     state |= {f"momentum_{i}": s for i, s in enumerate(carry[inputs.depth :])}
     state |= {"keys": keys, "values": values}
     state |= {name: gate for name, gate in gates._asdict().items() if gate is not None}

@@ -190,5 +190,6 @@ def causality(subject: Subject) -> Result:
         changed = tokens.clone()
         changed[:, place] = subject.other(tokens[:, place])
         worst.add(deviation(subject.forward(changed)[:, :place], logits[:, :place]), f"token {place} changed")
+    for place in sorted({length // 2, min(chunk + 1, length - 1)}):
         worst.add(deviation(subject.forward(tokens[:, :place]), logits[:, :place]), f"tokens from {place} on removed")
     return worst.result()

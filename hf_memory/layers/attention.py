@@ -117,7 +117,7 @@ class SlidingWindowAttention(nn.Module):
     def _prefix(self, layer: MemorySlidingCacheLayer | None) -> tuple[Tensor, Tensor]:
         # Projecting the prefix costs as much as projecting that many tokens, so that decoding keeps the result.
         # Training needs a graph of its own in every call.
-        if layer is not None and layer.prefix is not None and not torch.is_grad_enabled():
+        if layer is not None and layer.has_prefix and not torch.is_grad_enabled():
             return layer.prefix
         rows = self.persistent()
         keys, values = self._heads(self.k_proj(rows)), self._heads(self.v_proj(rows))

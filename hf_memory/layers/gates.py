@@ -25,8 +25,8 @@ class GateProjection(nn.Linear):
 class MemoryGates(nn.Module):
     """Linear functions of the token that say how much a memory forgets, carries on and learns.
 
-    Parameters and results are float32 whatever the model's dtype, also under autocast: decays multiply over thousands
-    of tokens, so that their error grows with the context. Decay and momentum stay in log space.
+    Loaded in float32 whatever the dtype of the model, and computed there under autocast too: decays multiply over
+    thousands of tokens, so that their error grows with the context. Decay and momentum stay in log space.
 
     Args:
         hidden_size: width D of the input.

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import coefficients, inner
 from ..coupling import Coupling
-from ..state import buffered_gates, carried, rule_of, shared_operands
+from ..state import buffered_gates, carried, memory_name, rule_of, shared_operands
 from ..types import Gates, Inputs, State
 
 
@@ -58,7 +58,7 @@ def decode_form(inputs: Inputs, state: State) -> tuple[Tensor, State]:
             torch.where(full_rows, after, before) for after, before in zip(rule.fold(couplings, x, u, carry), carry)
         )
         rows = {name: row.masked_fill(full_rows, 0) for name, row in rows.items()}
-    after = {f"memory_{i}": d for i, d in enumerate(carry[: inputs.depth])}
+    after = {f"{memory_name(inputs)}_{i}": d for i, d in enumerate(carry[: inputs.depth])}
     after |= {f"momentum_{i}": s for i, s in enumerate(carry[inputs.depth :])}
     return out, {**after, **rows, "phase": torch.where(full, 0, phase + valid)}
 

@@ -69,7 +69,7 @@ def test_no_step_and_no_decay_read_the_learned_start(memory):
     case = Case(**memory, decay=False, options={"chunk_size": 4, "decay_target": "init"})
     case.gates = Gates(torch.zeros_like(case.gates.step), None, case.gates.log_momentum)
     out, state = case(output_final_state=True)
-    assert state["memory_0"].eq(0).all()
+    assert state["offset_0"].eq(0).all()
     hidden = torch.einsum("bthi,hio->btho", case.q, case.weights[0])
     if case.depth == 2:
         hidden = torch.einsum("bthi,hio->btho", functional.gelu(hidden), case.weights[1])
@@ -108,7 +108,7 @@ def test_zero_gamma_stops_learning():
     case = Case(**DEEP, decay=False, options={"chunk_size": 4, "decay_target": "init"})
     case.affine = (torch.zeros_like(case.affine[0]), case.affine[1])
     _, state = case(output_final_state=True)
-    assert state["memory_0"].eq(0).all() and state["memory_1"].eq(0).all()
+    assert state["offset_0"].eq(0).all() and state["offset_1"].eq(0).all()
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -221,7 +221,7 @@ def test_errors_are_one_sentence():
         (lambda: AnchoredOptions(decay_target="half"), "decay_target"),
         (lambda: AnchoredOptions(decay_before_grad=True), "chunk_size=1"),
         (lambda: case("triton?"), "form"),
-        (lambda: case(initial_state={}), "lacks"),
+        (lambda: case(initial_state={}), "missing or not expected"),
         (lambda: force_form("fast").__enter__(), "form"),
     ]
     for call, word in broken:
@@ -232,6 +232,14 @@ def test_errors_are_one_sentence():
     _, state = other(output_final_state=True)
     with pytest.raises(ValueError, match="keys"):
         case(initial_state=state)
+
+
+def test_state_of_another_rule_is_refused():
+    """Same shapes, another meaning: what forgetting leads to, and whether there is momentum."""
+    _, state = Case(**DEEP, options={"decay_target": "init"})(output_final_state=True)
+    for other in (Case(**DEEP), Case(**DEEP, momentum=False, options={"decay_target": "init"})):
+        with pytest.raises(ValueError, match="other options"):
+            other(initial_state=state)
 
 
 def test_forms_can_be_forced():

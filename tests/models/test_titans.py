@@ -1,12 +1,14 @@
 """Titans models: loading, precision, padding, packing, generation, and the reductions of the gated variant."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from transformers import CompileConfig
 
 from hf_memory import TitansConfig, TitansForCausalLM, TitansForSequenceClassification, TitansModel
-from hf_memory.cache import StaticMemoryCache
+from hf_memory.cache import MemoryCache, StaticMemoryCache
 from hf_memory.layers import ShortConvolution, SlidingWindowAttention, create_window_mask
 from hf_memory.modeling import find_packing
 
@@ -155,7 +157,7 @@ def test_packing_is_refused_where_it_would_mix_sequences(model):
 
 def test_masks_that_say_nothing_about_tokens_are_refused(model):
     ids = torch.randint(50, (1, 6))
-    for mask in (torch.ones(1, 1, 6, 6), torch.ones(1, 4)):
+    for mask in (torch.ones(1, 1, 6, 6), torch.ones(1, 4), torch.ones(1, 8), torch.ones(2, 6)):
         with pytest.raises(ValueError, match=r"\[batch, tokens\]"):
             model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="exactly one"):
@@ -375,3 +377,61 @@ def test_static_cache_reads_its_prompt_in_pieces(model):
     for start, stop in ((0, 5), (5, 6), (6, 18), (18, 21)):
         pieces.append(logits(model, ids[:, start:stop], past_key_values=cache))
     torch.testing.assert_close(torch.cat(pieces, 1), logits(model, ids), atol=1e-10, rtol=1e-8)
+
+
+def test_repeated_tokens_leave_every_default_memory_bounded():
+    """A chunk of equal keys takes all its steps from one start; they must not overshoot."""
+    for depth in (1, 2):
+        for chunk_size in (1, 16, 64):
+            torch.manual_seed(0)
+            model = TitansForCausalLM(config(memory_depth=depth, chunk_size=chunk_size, head_dim=64)).eval()
+            with torch.no_grad():
+                cache = model(torch.full((1, 1500), 7), use_cache=True).past_key_values
+            states = [x for layer in cache.layers for name, x in layer.states.items() if name != "memory.phase"]
+            assert max(float(x.abs().max()) for x in states) < 100, (depth, chunk_size)
+
+
+def test_checkpointing_cannot_continue_from_a_cache(model):
+    ids = torch.randint(50, (1, 6))
+    model = copy.deepcopy(model).train()
+    cache = model(ids).past_key_values
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="Gradient checkpointing cannot continue"):
+        model(ids, past_key_values=cache)
+
+
+def test_empty_input_gets_a_sentence(model):
+    with pytest.raises(ValueError, match="at least one token"):
+        model(torch.zeros(1, 0, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "make", [MemoryCache, lambda config: StaticMemoryCache(config, 32)], ids=["dynamic", "static"]
+)
+def test_cache_made_in_inference_mode_goes_on_with_gradients(model, make):
+    ids = torch.randint(50, (1, 9))
+    expected = model(ids).logits[:, 6:]
+    with torch.inference_mode():
+        cache = make(model.config)
+        model(ids[:, :6], past_key_values=cache)
+    logits = model(ids[:, 6:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    logits.sum().backward()
+
+
+def test_static_cache_forgets_the_prefix_of_earlier_weights(model):
+    ids, model = torch.randint(50, (1, 9)), copy.deepcopy(model)
+    with torch.no_grad():
+        cache = StaticMemoryCache(model.config, 32)
+        model(ids, past_key_values=cache)
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        cache.reset()
+        torch.testing.assert_close(model(ids, past_key_values=cache).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_short_static_cache_keeps_the_whole_window(model):
+    ids = torch.randint(50, (1, 20))
+    with torch.no_grad():
+        logits = model(ids, past_key_values=StaticMemoryCache(model.config, 2)).logits
+        torch.testing.assert_close(logits, model(ids).logits, atol=1e-5, rtol=1e-4)

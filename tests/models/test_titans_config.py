@@ -9,7 +9,7 @@ from hf_memory import TitansConfig
 def test_defaults_follow_the_paper_and_the_conditioning_rule():
     deep, linear = TitansConfig(), TitansConfig(memory_depth=1)
     assert (deep.decay_target, deep.memory_layer_norm, deep.theta_max) == ("init", True, 0.1)
-    assert (linear.decay_target, linear.memory_layer_norm, linear.theta_max) == ("zero", False, 1.0)
+    assert (linear.decay_target, linear.memory_layer_norm, linear.theta_max) == ("zero", False, 1 / 16)
     assert TitansConfig(memory_depth=1, memory_layer_norm=True).theta_max == 0.1
     assert (deep.chunk_size, deep.conv_kernel, deep.sliding_window, deep.num_persistent_tokens) == (16, 4, 2048, 128)
 

@@ -55,7 +55,9 @@ class TitansConfig(MemoryConfig):
         `"head"`: one decay, momentum and step size per head, token and memory layer. `"channel"`: one per channel
         (`memory_depth <= 2`).
     theta_max (`float`, *optional*):
-        Scale of the inner step size. Defaults to 1.0 for a plain linear memory and 0.1 for one behind a LayerNorm.
+        Scale of the inner step size. Defaults to `1 / chunk_size` for a plain linear memory and 0.1 for one behind a
+        LayerNorm. A chunk of equal keys takes all its steps from one start: a plain memory diverges on repeated tokens
+        once these steps add up to 2.
     theta_act (`str`, *optional*, defaults to `"sigmoid"`):
         `"sigmoid"` bounds the step size by `theta_max`, `"softplus"` leaves it unbounded.
     theta_norm (`str`, *optional*):
@@ -124,7 +126,7 @@ class TitansConfig(MemoryConfig):
         if self.decay_target is None:
             self.decay_target = "init" if self.memory_depth >= 2 else "zero"
         if self.theta_max is None:
-            self.theta_max = 0.1 if self.memory_layer_norm else 1.0
+            self.theta_max = 0.1 if self.memory_layer_norm else 1 / self.chunk_size
         if self.persistent_in_memory is None:
             self.persistent_in_memory = self.variant == "lmm"
 
