@@ -14,7 +14,8 @@ from hf_memory.models import ARCHITECTURES
 
 # Properties whose code the options of an architecture hardly touch run on one configuration in seven.
 SELECTED = ["sampling", "beam_search", "batched_generation", "assisted_decoding", "static_cache", "text_pipeline",
-            "cache_repeat", "cache_select", "cache_reset", "cache_fork", "cache_crop", "random_walk", "meta_init"]  # fmt: skip
+            "cache_repeat", "cache_select", "cache_reset", "cache_fork", "cache_crop", "random_walk",
+            "meta_init"]  # fmt: skip
 COMMON = [name for name in PROPERTIES if name not in SELECTED]
 # The one property that an architecture may answer with a refusal.
 MAY_REFUSE = "assisted_decoding"
