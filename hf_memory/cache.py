@@ -139,18 +139,15 @@ class MemoryStatesMixin(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Refuse the role of a draft model, whose cache is rolled back after each rejected token."""
-        self._refuse_rollback()
+        self.crop(-1)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Accept 0; a recurrent memory cannot forget single tokens."""
         if tokens_to_remove != 0:
-            self._refuse_rollback()
-
-    def _refuse_rollback(self) -> None:
-        raise ValueError(
-            "A recurrent memory cannot take back tokens it has read: decode without an assistant, or keep "
-            "`cache.clone()` from before the tokens in question and continue from that."
-        )
+            raise ValueError(
+                "A recurrent memory cannot take back tokens it has read: decode without an assistant, or keep "
+                "`cache.clone()` from before the tokens in question and continue from that."
+            )
 
 
 class StaticStatesMixin(MemoryStatesMixin):
@@ -190,7 +187,7 @@ class StaticStatesMixin(MemoryStatesMixin):
 
 
 def is_locked(tensor: Tensor) -> bool:
-    """Whether a tensor made in inference mode would have to be written outside of it."""
+    """Whether inference mode made the tensor and no longer runs: writing it would raise."""
     return not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
 
 
@@ -442,9 +439,8 @@ class MemoryCacheMixin:
     def clone(self) -> Self:
         """Independent copy without autograd history: both can go on reading different texts."""
         memo = {id(tensor): tensor.detach().clone() for tensor in self._tensors()}
-        if self.offloading:
-            memo[id(self.prefetch_stream)] = self.prefetch_stream
-        return copy.deepcopy(self, memo)
+        stream = getattr(self, "prefetch_stream", None)  # cannot be copied
+        return copy.deepcopy(self, memo | {id(stream): stream})
 
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import json
 import math
 import platform
@@ -158,8 +159,6 @@ def is_refusal(error: BaseException) -> bool:
     Whether an exception is a sentence meant for the user rather than a crash: one of the types used for refusing an
     argument, raised by a `raise` statement in Python code outside of torch.
     """
-    import linecache
-
     if not isinstance(error, (ValueError, NotImplementedError, RuntimeError)) or not str(error).strip():
         return False
     traceback = error.__traceback__
@@ -167,9 +166,10 @@ def is_refusal(error: BaseException) -> bool:
         traceback = traceback.tb_next
     if traceback is None:
         return False
-    filename = traceback.tb_frame.f_code.co_filename
-    line = linecache.getline(filename, traceback.tb_lineno).strip()
-    return line.startswith("raise") and "/torch/" not in filename.replace("\\", "/")
+    code = traceback.tb_frame.f_code
+    # The instruction rather than the source line: sources may be missing, or edited since they were imported.
+    is_raised = code.co_code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return is_raised and "/torch/" not in code.co_filename.replace("\\", "/")
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
