@@ -9,6 +9,7 @@ _source = Path(__file__).resolve().parents[2] / "kernels"
 if (_source / "SOURCE_CHECKOUT").is_file():
     __path__.append(str(_source))
 
+# Behind the path above: in a checkout these modules are found only through it.
 from .dispatch import OPS, anchored_linear, anchored_mlp, force_form, forms  # noqa: E402
 from .types import AnchoredOptions, Gates, Norm, State  # noqa: E402
 
