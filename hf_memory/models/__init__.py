@@ -1,5 +1,6 @@
 """The table of architectures. A new one is a folder `hf_memory/models/<folder>/` and one row here."""
 
+from importlib import import_module
 from typing import NamedTuple
 
 
@@ -27,6 +28,10 @@ class Architecture(NamedTuple):
         return f"{self.prefix}Config"
 
     @property
+    def pretrained_model(self) -> str:
+        return f"{self.prefix}PreTrainedModel"
+
+    @property
     def base_model(self) -> str:
         return f"{self.prefix}Model"
 
@@ -46,6 +51,11 @@ class Architecture(NamedTuple):
     def modeling_names(self) -> tuple[str, ...]:
         """The public names of the modeling module."""
         return self.base_model, self.causal_lm, self.sequence_classification, self.cache
+
+    def load(self, role: str) -> type:
+        """Import a class of this architecture; `role` is the property that names it, as in `load("config")`."""
+        module = self.configuration_module if role == "config" else self.modeling_module
+        return getattr(import_module(module), getattr(self, role))
 
 
 ARCHITECTURES: dict[str, Architecture] = {
