@@ -5,12 +5,19 @@ import sysconfig
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 # Whole packages, so that no held-out file has a sibling in the training text.
 HELD_OUT = ("asyncio", "email", "json", "xml")
 # Tests and bundled tools are not part of every distribution, and packages of the user none of the library.
 LEFT_OUT = {"dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+END_TOKEN, END = "<|endoftext|>", 255
 
 
 def source_files() -> tuple[list[Path], list[Path]]:
@@ -22,11 +29,11 @@ def source_files() -> tuple[list[Path], list[Path]]:
     return [root / path for path in files if path not in set(held_out)], [root / path for path in held_out]
 
 
-def read(files: list[Path], limit: int | None = None) -> np.ndarray:
-    """First `limit` bytes of the files, one after the other with a zero byte behind each, `[N]` uint8."""
+def read(files: list[Path], limit: int | None = None, end: bytes = b"\0") -> np.ndarray:
+    """First `limit` bytes of the files, one after the other with `end` behind each, `[N]` uint8."""
     parts, size = [], 0
     for path in files:
-        parts.append(path.read_bytes() + b"\0")
+        parts.append(path.read_bytes() + end)
         size += len(parts[-1])
         if limit is not None and size >= limit:
             break
@@ -36,3 +43,23 @@ def read(files: list[Path], limit: int | None = None) -> np.ndarray:
 def fingerprint(text: np.ndarray) -> str:
     """Which text it was: the library differs from version to version."""
     return hashlib.sha256(text.tobytes()).hexdigest()[:16]
+
+
+def byte_tokenizer(context: int) -> PreTrainedTokenizerFast:
+    """Tokenizer whose ids are the bytes of the UTF-8 text, and 255, which UTF-8 never uses, the end of a text.
+
+    Args:
+        context: Longest input that the model was trained on, in tokens.
+    """
+    characters = bytes_to_unicode()
+    tokenizer = Tokenizer(BPE({characters[byte]: byte for byte in range(END)} | {END_TOKEN: END}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+        bos_token=END_TOKEN,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+    )

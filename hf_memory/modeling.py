@@ -51,7 +51,8 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from hf_memory.cache import MemoryCache, MemorySlidingCacheLayer, StaticMemoryCache, memory_layer, window_positions
+from hf_memory.cache import MemoryCache, StaticMemoryCache, memory_layer
+from hf_memory.cache_layers import MemorySlidingCacheLayer, window_positions
 from hf_memory.configuration import MEMORY, MEMORY_SLIDING, MemoryConfig
 from hf_memory.layers import (
     GateProjection,

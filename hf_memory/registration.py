@@ -26,6 +26,7 @@ def register_architectures() -> None:
     for model_type, architecture in ARCHITECTURES.items():
         _announce_to_docstrings(architecture)
         _register_with_auto_classes(model_type, architecture)
+    _register_hybrid()
     _register_with_peft()
 
 
@@ -53,6 +54,16 @@ def _register_with_auto_classes(model_type: str, architecture: Architecture) -> 
     AutoModelForSequenceClassification.register(
         config, getattr(modeling, architecture.sequence_classification), exist_ok=True
     )
+
+
+def _register_hybrid() -> None:
+    # Its classes are made when a teacher is known, and only the Auto classes of language models can name them.
+    from hf_memory.models.hybrid.configuration_hybrid import MemoryHybridConfig
+    from hf_memory.models.hybrid.modeling_hybrid import MemoryHybridForCausalLM, MemoryHybridModel
+
+    AutoConfig.register(MemoryHybridConfig.model_type, MemoryHybridConfig, exist_ok=True)
+    AutoModel.register(MemoryHybridConfig, MemoryHybridModel, exist_ok=True)
+    AutoModelForCausalLM.register(MemoryHybridConfig, MemoryHybridForCausalLM, exist_ok=True)
 
 
 def _register_with_peft() -> None:

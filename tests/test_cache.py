@@ -7,11 +7,10 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from hf_memory import TitansConfig, TitansForCausalLM
-from hf_memory.cache import (
-    MemoryCache,
+from hf_memory.cache import MemoryCache, StaticMemoryCache
+from hf_memory.cache_layers import (
     MemoryCacheLayer,
     MemorySlidingCacheLayer,
-    StaticMemoryCache,
     StaticMemorySlidingCacheLayer,
     window_positions,
 )

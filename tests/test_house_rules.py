@@ -22,6 +22,7 @@ RANKS = {
     "hf_memory.configuration": 1,
     "hf_memory.layers": 2,
     "hf_memory.cache": 2,
+    "hf_memory.cache_layers": 2,
     "hf_memory.modeling": 3,
     "hf_memory.models": 4,
     "hf_memory": 5,

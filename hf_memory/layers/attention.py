@@ -10,7 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from hf_memory.cache import MemorySlidingCacheLayer, memory_layer, window_positions
+from hf_memory.cache import memory_layer
+from hf_memory.cache_layers import MemorySlidingCacheLayer, window_positions
 from hf_memory.layers.norms import at_least_float32
 from hf_memory.layers.persistent import PersistentTokens
 from hf_memory.layers.rotary import apply_rotary_pos_emb
@@ -149,9 +150,28 @@ def create_window_mask(
         `[B or 1, 1, T, N + S + T]` for N prefix keys and S slots of the window: bool (true is visible), or additive
         for the eager implementation. `None` where `is_causal` says it all.
     """
-    batch, length = inputs_embeds.shape[:2]
-    device, prefix, window = inputs_embeds.device, config.num_persistent_tokens, config.sliding_window
-    eager = config._attn_implementation == "eager"
+    return window_mask(
+        inputs_embeds,
+        config.sliding_window,
+        config.num_persistent_tokens,
+        config._attn_implementation == "eager",
+        layer,
+        padding_mask,
+        sequence_ids,
+    )
+
+
+def window_mask(
+    inputs_embeds: Tensor,
+    window: int,
+    prefix: int,
+    eager: bool,
+    layer: MemorySlidingCacheLayer | None = None,
+    padding_mask: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+) -> Tensor | None:
+    """`create_window_mask` for a window of `window` tokens behind `prefix` keys that everybody sees."""
+    length, device = inputs_embeds.shape[1], inputs_embeds.device
     queries, keys = window_positions(layer, length, padding_mask, device)
     if not eager and not prefix and padding_mask is None and sequence_ids is None:
         if keys.shape[1] == length and 1 < length <= window:

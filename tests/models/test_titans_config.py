@@ -65,7 +65,7 @@ def test_round_trip(tmp_path):
         ({"decay_target": "mean"}, "one of"),
         ({"theta_act": "exp"}, "one of"),
         ({"theta_norm": "mean"}, "one of"),
-        ({"theta_max": 0}, "positive"),
+        ({"theta_max": -0.1}, "at least 0"),
         ({"gate": "sum"}, "one of"),
         ({"chunk_size": 0}, "at least 1"),
         ({"conv_kernel": -1}, "at least 0"),

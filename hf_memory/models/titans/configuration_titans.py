@@ -57,7 +57,7 @@ class TitansConfig(MemoryConfig):
     theta_max (`float`, *optional*):
         Scale of the inner step size. Defaults to `1 / chunk_size` for a plain linear memory and 0.1 for one behind a
         LayerNorm. A chunk of equal keys takes all its steps from one start: a plain memory diverges on repeated tokens
-        once these steps add up to 2.
+        once these steps add up to 2. 0 switches learning off: the memory stays as it starts.
     theta_act (`str`, *optional*, defaults to `"sigmoid"`):
         `"sigmoid"` bounds the step size by `theta_max`, `"softplus"` leaves it unbounded.
     theta_norm (`str`, *optional*):
@@ -177,8 +177,7 @@ class TitansConfig(MemoryConfig):
         check_choice("gate_granularity", self.gate_granularity, ("head", "channel"))
         check_choice("theta_act", self.theta_act, ("sigmoid", "softplus"))
         check_choice("theta_norm", self.theta_norm, (None, "chunk_mean"))
-        if self.theta_max <= 0:
-            raise ValueError(f"`theta_max` scales the inner step size and must be positive, got {self.theta_max}.")
+        check_minimum("theta_max", self.theta_max, 0)
         if self.gate_granularity == "channel" and self.memory_depth > 2:
             raise ValueError(
                 f'gate_granularity="channel" is defined for memory_depth 1 and 2, got {self.memory_depth}: '

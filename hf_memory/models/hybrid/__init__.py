@@ -1,0 +1,1 @@
+"""A pretrained decoder in which some attention layers are replaced by, or work beside, a memory."""
