@@ -208,7 +208,7 @@ def test_sdist_builds_the_same_wheel(distributions: dict[str, Path]):
 def test_wheel_holds_the_source_folders_and_nothing_beside_the_package(distributions: dict[str, Path]):
     names = archive(distributions["wheel"])
     assert {name.split("/")[0].split("-")[0] for name in names} == {"hf_memory"}
-    for folder in SOURCE_FOLDERS:
+    for folder in (*SOURCE_FOLDERS, "model_cards"):
         for path in (ROOT / folder).rglob("*.*"):
             if path.suffix in (".py", ".md"):
                 assert f"hf_memory/{path.relative_to(ROOT).as_posix()}" in names

@@ -1,0 +1,282 @@
+"""The report of a conversion: what was measured, as JSON, as a table, and as a picture.
+
+A report is a plain dictionary:
+
+    title       str
+    converted   {"layers": [int], "of": int, "memory": str, "mode": str}
+    student     name of the converted model in `models`
+    reference   name of the model that the others are compared with (the teacher)
+    models      {name: {"parameters": int, "quality": ..., "cache": [...], "speed": [...]}}, see `measure`
+    curves      [{"stage": str, "run": str, "unit": str, "tokens": [int], "loss": [float]}]
+    baselines   {name: bits per byte of something that is not a model}
+    notes       [str]
+    environment see `environment`
+
+Everything but `title` and `models` may be missing: what was not measured is left out of table and picture.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hf_memory.conversion.evaluate import (
+    CACHE_CONTEXTS,
+    SPEED_CONTEXTS,
+    Progress,
+    cache_growth,
+    decode_speeds,
+    evaluate_models,
+    readable_size,
+)
+from hf_memory.conversion.report_plot import plot
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Report = dict[str, Any]
+
+_CURVE_CONTEXTS = tuple(2**power for power in range(8, 21))
+
+
+def measure(
+    models: Mapping[str, PreTrainedModel],
+    blocks: torch.Tensor,
+    *,
+    reference: str | None = None,
+    bytes_per_token: float | None = None,
+    speed_contexts: Sequence[int] = SPEED_CONTEXTS,
+    on_progress: Progress | None = None,
+) -> dict[str, Any]:
+    """
+    Quality, cache sizes and decoding speed of several models, as the entry `models` of a report.
+
+    Args:
+        models: causal language models by name, in the order of the table.
+        blocks: held-out text, `[N, T]` int64, without padding. The speed is measured on it too.
+        reference: name of the model that the others are compared with. Default: no comparison.
+        bytes_per_token: of the held-out text. Default: bits per token only.
+        speed_contexts: lengths behind which decoding is timed. Default: 1k and 8k; empty leaves it out.
+        on_progress: called as `on_progress(done, N)` while the blocks are read.
+
+    Raises:
+        ValueError: what `evaluate_models` refuses.
+    """
+    qualities = evaluate_models(
+        models, blocks, reference=reference, bytes_per_token=bytes_per_token, on_progress=on_progress
+    )
+    contexts = sorted({*CACHE_CONTEXTS, *_CURVE_CONTEXTS})
+    speeds = decode_speeds(models, speed_contexts, tokens=blocks.flatten()) if speed_contexts else {}
+    measured = {}
+    for name, model in models.items():
+        measured[name] = {
+            "parameters": model.num_parameters(),
+            "quality": asdict(qualities[name]),
+            "cache": [asdict(size) for size in cache_growth(model.config, model.dtype, contexts)],
+            "speed": [asdict(speed) for speed in speeds.get(name, [])],
+        }
+    return measured
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Versions and device that the figures of a report belong to."""
+    import transformers
+
+    import hf_memory
+
+    device = torch.device(device)
+    threads = torch.get_num_threads()
+    return {
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {threads} {'thread' if threads == 1 else 'threads'}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "hf_memory": hf_memory.__version__,
+    }
+
+
+def write_report(report: Report, folder: Path | str, console: Console | None = None) -> list[Path]:
+    """
+    Write `report.json`, `report.md`, and where matplotlib is installed `report.png`, each complete or not at all.
+
+    Args:
+        folder: where to; made if it is not there.
+        console: where a missing matplotlib is said. Default: standard output.
+
+    Returns:
+        The files written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    written = [
+        _replace(folder / "report.json", text.encode()),
+        _replace(folder / "report.md", markdown(report).encode()),
+    ]
+    beside = folder / ".report.part.png"
+    try:
+        plot(report, beside)
+    except ImportError:
+        (console or Console()).print(
+            "No report.png: matplotlib is not installed (pip install 'hf-memory\\[plot]' brings it)."
+        )
+    else:
+        os.replace(beside, folder / "report.png")
+        written.append(folder / "report.png")
+    return written
+
+
+def rows(report: Report) -> list[tuple[str, list[str]]]:
+    """Label and one cell per model, as text, of everything that was measured on at least one model."""
+    models = list(report["models"].values())
+    per_byte = all(_whole(model).get("bits_per_byte") is not None for model in models if _whole(model))
+    unit, key = ("byte", "bits_per_byte") if per_byte else ("token", "bits_per_token")
+    found = [("parameters", [f"{model['parameters']:,}" if "parameters" in model else "" for model in models])]
+    found.append((f"held-out bits per {unit}", [_number(_whole(model).get(key), ".4f") for model in models]))
+    parts = max((_parts(model) for model in models), key=len)
+    if len(parts) > 1:
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            label = (
+                f"  from token {part['start']:,} on" if last else f"  tokens {part['start']:,} to {part['end'] - 1:,}"
+            )
+            cells = [_number(_parts(model)[index].get(key), ".4f") if _parts(model) else "" for model in models]
+            found.append((label if index else f"  first {part['end']:,} tokens", cells))
+    reference = report.get("reference", "teacher")
+    found.append(
+        (
+            f"KL({reference} || model), bits per token",
+            [_number(_whole(m).get("kl_bits_per_token"), ".4f") for m in models],
+        )
+    )
+    found.append(
+        (f"likeliest token that of the {reference}", [_number(_whole(m).get("agreement"), ".1%") for m in models])
+    )
+    for tokens in CACHE_CONTEXTS:
+        sizes = [_at(model.get("cache", []), "tokens", tokens) for model in models]
+        cells = [readable_size(size["kv_bytes"] + size["memory_bytes"]) if size else "" for size in sizes]
+        found.append((f"cache of {tokens // 1024}k tokens", cells))
+        found.append(("  of it keys and values", [readable_size(size["kv_bytes"]) if size else "" for size in sizes]))
+    for context in sorted({speed["context"] for model in models for speed in model.get("speed", [])}):
+        speeds = [_at(model.get("speed", []), "context", context) for model in models]
+        cells = [_number(speed.get("tokens_per_second"), ",.0f") for speed in speeds]
+        found.append((f"decoding behind {context:,} tokens, tokens/s", cells))
+    return [(label, cells) for label, cells in found if any(cells)]
+
+
+def notes(report: Report) -> list[str]:
+    """Sentences under the table: what keeps growing, what the figures stand beside, and the report's own notes."""
+    found = []
+    if (growth := _growth_note(report)) is not None:
+        found.append(growth)
+    for name, bits in report.get("baselines", {}).items():
+        found.append(f"{name} needs {bits:.4f} bits per byte for the same held-out text.")
+    found += report.get("notes", [])
+    if where := report.get("environment"):
+        versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "transformers", "hf_memory"))
+        found.append(f"Measured on {where['device']}; {versions}.")
+    return found
+
+
+def rich_table(report: Report) -> Table:
+    """The table for a terminal, with the notes as its caption."""
+    table = Table("", title=escape(report["title"]), box=SIMPLE, caption_justify="left", title_justify="left")
+    table.caption = escape("\n".join(notes(report)))
+    for name in report["models"]:
+        table.add_column(escape(name), justify="right")
+    for label, cells in rows(report):
+        table.add_row(escape(label), *cells)
+    return table
+
+
+def markdown_table(report: Report) -> str:
+    """The same table in GitHub's markdown."""
+    lines = ["| | " + " | ".join(report["models"]) + " |", "|---|" + "---:|" * len(report["models"])]
+    for label, cells in rows(report):
+        name = "\u2003" + label.strip() if label.startswith(" ") else label
+        lines.append("| " + " | ".join([name.replace("||", "‖"), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def markdown(report: Report) -> str:
+    """Title, table and notes."""
+    sentences = "\n".join(f"- {note}" for note in notes(report))
+    return f"## {report['title']}\n\n{markdown_table(report)}\n" + (f"\n{sentences}\n" if sentences else "")
+
+
+def _growth_note(report: Report) -> str | None:
+    """How fast the cache of the student still grows, and which layers are the reason."""
+    models, converted = report["models"], report.get("converted")
+    student, reference = report.get("student", "student"), report.get("reference", "teacher")
+    if not converted or not models.get(student, {}).get("cache"):
+        return None
+    kept = [layer for layer in range(converted["of"]) if layer not in converted["layers"]]
+    rate, memory = _bytes_per_token(models[student]), models[student]["cache"][-1]["memory_bytes"]
+    layers = listed("layer", converted["layers"])
+    fixed = f" The memory of {layers} takes {readable_size(memory)} at any length." if layers else ""
+    if not rate:
+        return f"The cache does not grow.{fixed}"
+    compared = ""
+    if models.get(reference, {}).get("cache"):
+        compared = f", where the {reference}'s grows by {_bytes_per_token(models[reference]):,}"
+    reason = f"{listed('Layer', kept)} keep{'s' if len(kept) == 1 else ''} attention" if kept else "Attention is kept"
+    return f"{reason}: the {student}'s cache still grows with every token, by {rate:,} bytes{compared}.{fixed}"
+
+
+def _bytes_per_token(model: dict[str, Any]) -> int:
+    """Growth between the two longest contexts: what a window bounds has stopped growing there."""
+    before, last = sorted(model["cache"], key=lambda size: size["tokens"])[-2:]
+    return (last["kv_bytes"] - before["kv_bytes"]) // (last["tokens"] - before["tokens"])
+
+
+def listed(noun: str, numbers: Iterable[int]) -> str:
+    """`"layer 3"`, `"layers 1, 3 and 5"`, and nothing for none."""
+    *others, last = [str(number) for number in numbers] or [""]
+    return f"{noun}s {', '.join(others)} and {last}" if others else f"{noun} {last}" if last else ""
+
+
+def _whole(model: dict[str, Any]) -> dict[str, Any]:
+    return model.get("quality", {}).get("whole", {})
+
+
+def _parts(model: dict[str, Any]) -> list[dict[str, Any]]:
+    return model.get("quality", {}).get("parts", [])
+
+
+def _at(entries: list[dict[str, Any]], key: str, value: int) -> dict[str, Any]:
+    return next((entry for entry in entries if entry[key] == value), {})
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None or not math.isfinite(value) else format(value, form)
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _replace(file: Path, content: bytes) -> Path:
+    beside = file.with_name(f".{file.name}.part")
+    beside.write_bytes(content)
+    os.replace(beside, file)
+    return file
