@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
@@ -59,15 +60,18 @@ def build_student(
     if mode == "retrofit" and window is None:
         known = [width for width in teacher_windows(teacher.config) if width is not None]
         window = min([DEFAULT_WINDOW, *known])
-    config = MemoryHybridConfig.from_teacher(
-        teacher.config,
-        memory_layers=list(layers),
-        memory={"model_type": memory, **(memory_options or {})},
-        memory_mode=mode,
-        memory_window=window,
-    )
-    found = {index: find_attention(decoder_layers(teacher)[index])[1] for index in config.memory_layers}
-    projections = {index: read_projections(attention, config) for index, attention in found.items()}
+    attentions = [find_attention(layer)[1] for layer in decoder_layers(teacher)]
+    try:
+        config = MemoryHybridConfig.from_teacher(
+            teacher.config,
+            memory_layers=list(layers),
+            memory={"model_type": memory, **(memory_options or {})},
+            memory_mode=mode,
+            memory_window=window,
+        )
+    except StrictDataclassError as error:
+        raise ValueError(str(error.__cause__ or error)) from error
+    projections = {index: read_projections(attentions[index], config) for index in config.memory_layers}
 
     with torch.random.fork_rng():
         set_seed(seed)

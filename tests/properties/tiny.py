@@ -5,9 +5,14 @@ from itertools import product
 from transformers import PreTrainedConfig
 
 from hf_memory.evaluation.properties_tiny import tiny_config
+from hf_memory.models.hybrid.configuration_hybrid import MemoryHybridConfig
 
 
-def _titans() -> dict[str, dict]:
+def _titans() -> dict[str, PreTrainedConfig]:
+    return {name: tiny_config("titans", vocab_size=64, **fields) for name, fields in _titans_fields().items()}
+
+
+def _titans_fields() -> dict[str, dict]:
     configs = {}
     for variant, depth, chunk, target in product(("lmm", "mag"), (1, 2), (1, 4, 16), ("zero", "init")):
         configs[f"{variant}-depth{depth}-chunk{chunk}-{target}"] = {
@@ -30,7 +35,31 @@ def _titans() -> dict[str, dict]:
     }  # fmt: skip
 
 
-_CONFIGS = {"titans": _titans}
+def _hybrids() -> dict[str, PreTrainedConfig]:
+    # Windows of transformers count slots, so that padding narrows them: wide enough where a layer of the teacher stays.
+    wide, mixed = {"sliding_window": 512}, {"layer_types": ["sliding_attention", "full_attention"]}
+    return {
+        "llama-replace": hybrid("llama", [1]),
+        "llama-retrofit": hybrid("llama", [0], memory_mode="retrofit", memory_window=8),
+        "llama-all": hybrid("llama", [0, 1], memory={"memory_depth": 1, "chunk_size": 1}),
+        "llama-persistent": hybrid("llama", [0], memory={"num_persistent_tokens": 3, "chunk_size": 4}),
+        "mistral-retrofit": hybrid("mistral", [1], memory_mode="retrofit", memory_window=8, **wide),
+        "gemma3-replace-full": hybrid("gemma3_text", [1], **mixed, **wide),
+        "gemma3-retrofit-sliding": hybrid("gemma3_text", [0], memory_mode="retrofit", memory_window=8, **mixed),
+        "gpt-neox-retrofit": hybrid("gpt_neox", [0, 1], memory_mode="retrofit", memory_window=8),
+    }
+
+
+def hybrid(base: str, layers: list[int], **fields) -> MemoryHybridConfig:
+    """
+    Tiny hybrid with a teacher of type `base`; `fields` are those of the teacher or of the hybrid.
+    """
+    own = {name: fields.pop(name) for name in list(fields) if name.startswith("memory")}
+    own["memory"] = {"memory_expansion": 2, "chunk_size": 4, **own.get("memory", {})}
+    return MemoryHybridConfig.from_teacher(tiny_config(base, vocab_size=64, **fields), memory_layers=layers, **own)
+
+
+_CONFIGS = {"titans": _titans, MemoryHybridConfig.model_type: _hybrids}
 
 
 def tiny_configs(model_type: str) -> dict[str, PreTrainedConfig]:
@@ -40,4 +69,4 @@ def tiny_configs(model_type: str) -> dict[str, PreTrainedConfig]:
     Raises:
         KeyError: for an architecture without one, so that none escapes the suite.
     """
-    return {name: tiny_config(model_type, vocab_size=64, **fields) for name, fields in _CONFIGS[model_type]().items()}
+    return _CONFIGS[model_type]()

@@ -141,7 +141,7 @@ class MemoryHybridConfig(PreTrainedConfig):
         model_type = fields.pop("model_type")
         if model_type not in ARCHITECTURES:
             raise ValueError(f"There is no memory {model_type!r}: choose one of {', '.join(ARCHITECTURES)}.")
-        config_class = CONFIG_MAPPING[model_type]
+        config_class = ARCHITECTURES[model_type].load("config")
         if unknown := [name for name in fields if name not in config_class.__dataclass_fields__]:
             raise ValueError(f"A {model_type} memory has no option {unknown[0]!r}.")
         heads, head_dim = self.attention_heads

@@ -14,7 +14,6 @@
 """A pretrained decoder with memories: its own classes, with other modules where attention was in some layers."""
 
 import functools
-import importlib
 from typing import NamedTuple
 
 import torch
@@ -146,6 +145,11 @@ class TeacherDispatchMixin:
             return cls
         base = cls.auto_class._model_mapping[CONFIG_MAPPING[config.base_model_type]]
         return hybrid_class(cls, base[0] if isinstance(base, (tuple, list)) else base)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: type | str = "AutoModel") -> None:
+        """Called by transformers where the code came with a model: `save_pretrained` then copies that too."""
+        cls._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> PreTrainedModel:
@@ -345,7 +349,7 @@ def find_attention(layer: nn.Module) -> tuple[str, nn.Module]:
 
 def mixer_class(memory_config: PreTrainedConfig) -> type[nn.Module]:
     """The mixer of an architecture that keeps states only."""
-    return _modeling_class(memory_config.model_type, "base_model").mixer_classes[MEMORY]
+    return ARCHITECTURES[memory_config.model_type].load("base_model").mixer_classes[MEMORY]
 
 
 def slot_class(config: MemoryHybridConfig) -> type[MemorySlotMixin]:
@@ -355,7 +359,7 @@ def slot_class(config: MemoryHybridConfig) -> type[MemorySlotMixin]:
 
 @functools.cache
 def _slot_class(model_type: str) -> type[MemorySlotMixin]:
-    base = _modeling_class(model_type, "pretrained_model")
+    base = ARCHITECTURES[model_type].load("pretrained_model")
     return type("MemorySlot", (MemorySlotMixin, base), {"__module__": __name__})
 
 
@@ -377,11 +381,6 @@ def hybrid_class(facade: type, teacher_class: type[PreTrainedModel]) -> type[Pre
     )
     namespace = {"__module__": __name__, "config_class": MemoryHybridConfig}
     return type(facade.__name__, bases, namespace)
-
-
-def _modeling_class(model_type: str, role: str) -> type:
-    architecture = ARCHITECTURES[model_type]
-    return getattr(importlib.import_module(architecture.modeling_module), getattr(architecture, role))
 
 
 __all__ = ["MemoryHybridForCausalLM", "MemoryHybridModel"]

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 
@@ -36,6 +35,7 @@ from hf_memory.layers import (
 from hf_memory.modeling import (
     MemoryDecoderMixin,
     MemoryForCausalLMMixin,
+    MemoryForSequenceClassificationMixin,
     MemoryGenerationMixin,
     MemoryPreTrainedModel,
 )
@@ -255,7 +255,8 @@ class TitansForCausalLM(MemoryForCausalLMMixin, TitansPreTrainedModel, MemoryGen
     decoder_class = TitansModel
 
 
-class TitansForSequenceClassification(GenericForSequenceClassification, TitansPreTrainedModel): ...
+class TitansForSequenceClassification(MemoryForSequenceClassificationMixin, TitansPreTrainedModel):
+    decoder_class = TitansModel
 
 
 __all__ = [
