@@ -26,6 +26,10 @@ class XModel(MemoryDecoderMixin, XPreTrainedModel):
 
 class XForCausalLM(MemoryForCausalLMMixin, XPreTrainedModel, MemoryGenerationMixin):
     decoder_class = XModel
+
+
+class XForSequenceClassification(MemoryForSequenceClassificationMixin, XPreTrainedModel):
+    decoder_class = XModel
 ```
 
 A mixer is built as `mixer(config, layer_idx)` and called as `mixer(hidden_states, position_embeddings=,
@@ -42,7 +46,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.generation import GenerationConfig, GenerationMixin, GenerationMode
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -425,3 +429,18 @@ class MemoryForCausalLMMixin:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class MemoryForSequenceClassificationMixin(GenericForSequenceClassification):
+    """Head of transformers for sequence classification; the body of an `XForSequenceClassification`."""
+
+    decoder_class: ClassVar[type[PreTrainedModel]]
+
+    def __init__(self, config: MemoryConfig) -> None:
+        # Past the constructor of transformers, which asks `AutoModel` for the decoder. That knows configurations by
+        # their exact class, and code from a model folder is imported twice: for the configuration and for the model.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.decoder_class(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
