@@ -152,11 +152,6 @@ class TeacherDispatchMixin:
         cls._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
 
     @classmethod
-    def register_for_auto_class(cls, auto_class: type | str = "AutoModel") -> None:
-        """Called by transformers where the code came with a model: `save_pretrained` then copies that too."""
-        cls._auto_class = auto_class if isinstance(auto_class, str) else auto_class.__name__
-
-    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs) -> PreTrainedModel:
         """As for any model; a hybrid of any teacher is loaded by the same class."""
         if issubclass(cls, PreTrainedModel):
