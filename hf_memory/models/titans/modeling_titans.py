@@ -255,6 +255,7 @@ class TitansForCausalLM(MemoryForCausalLMMixin, TitansPreTrainedModel, MemoryGen
     decoder_class = TitansModel
 
 
+@auto_docstring
 class TitansForSequenceClassification(MemoryForSequenceClassificationMixin, TitansPreTrainedModel):
     decoder_class = TitansModel
 
