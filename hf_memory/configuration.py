@@ -14,7 +14,7 @@
 """What the configurations of all architectures share: the decoder's fields, layer types and checkpoint format."""
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -41,6 +41,18 @@ def check_minimum(name: str, value: float, minimum: float) -> None:
     """Raise a `ValueError` naming the field if `value` is below `minimum`."""
     if value < minimum:
         raise ValueError(f"`{name}` must be at least {minimum}, got {value}.")
+
+
+def drop_local_code(fields: dict[str, Any]) -> None:
+    """Take out of a configuration's fields an `auto_map` that names files in the folder of the checkpoint.
+
+    The classes of the package do not copy those files when they save, so that the name would lead nowhere. Code that
+    was loaded from such a folder keeps it, since transformers then saves the files too.
+    """
+    if __name__.startswith("hf_memory."):
+        elsewhere = {name: value for name, value in (fields.pop("auto_map", None) or {}).items() if "--" in str(value)}
+        if elsewhere:
+            fields["auto_map"] = elsewhere
 
 
 @strict
@@ -92,6 +104,7 @@ class MemoryConfig(PreTrainedConfig):
                 f"This {self.model_type} checkpoint has format_version {self.format_version}, the installed hf-memory "
                 f"reads up to {self.supported_format_version}: upgrade it with `pip install -U hf-memory`."
             )
+        drop_local_code(kwargs)
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             check_minimum(name, getattr(self, name), 1)
         if self.head_dim is None:
@@ -124,4 +137,4 @@ class MemoryConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["MEMORY", "MEMORY_SLIDING", "MemoryConfig", "check_choice", "check_minimum"]
+__all__ = ["MEMORY", "MEMORY_SLIDING", "MemoryConfig", "check_choice", "check_minimum", "drop_local_code"]

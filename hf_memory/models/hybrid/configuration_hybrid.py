@@ -20,7 +20,14 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_memory.configuration import MEMORY, MEMORY_SLIDING, MemoryConfig, check_choice, check_minimum
+from hf_memory.configuration import (
+    MEMORY,
+    MEMORY_SLIDING,
+    MemoryConfig,
+    check_choice,
+    check_minimum,
+    drop_local_code,
+)
 from hf_memory.models import ARCHITECTURES
 
 
@@ -88,6 +95,7 @@ class MemoryHybridConfig(PreTrainedConfig):
                 f"This {self.model_type} checkpoint has format_version {self.format_version}, the installed hf-memory "
                 f"reads up to {MemoryConfig.supported_format_version}: upgrade it with `pip install -U hf-memory`."
             )
+        drop_local_code(kwargs)
         self.memory_layers = sorted(set(self.memory_layers or ()))
         self.memory = {"model_type": "titans"} | (self.memory or {})
         super().__post_init__(**kwargs)
