@@ -95,7 +95,7 @@ def export_remote_code(model: PreTrainedModel | PreTrainedConfig, folder: str | 
     for name, text in texts.items():
         _write(folder / name, text)
     for stale in set(folder.glob("*.py")) - {folder / name for name in texts}:
-        if GENERATED in stale.read_text(encoding="utf-8"):
+        if GENERATED in stale.read_text(encoding="utf-8", errors="replace"):
             stale.unlink()
     # Last of all, so that no configuration ever names code that is not there.
     saved["auto_map"] = auto_map(architecture)
@@ -207,8 +207,7 @@ class FlatModule:
             elif isinstance(node, ast.Import):
                 self._rewrite_import(node)
             elif isinstance(node, ast.JoinedStr):
-                segment = self._segment(node)
-                self._replace(node, MODULE_OF_ARCHITECTURE.sub("{__package__}.", segment))
+                self._replace(node, MODULE_OF_ARCHITECTURE.sub("{__package__}.", self._segment(node)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE_NAME.fullmatch(node.value):
                 raise ValueError(f"{name} names {node.value} by a string: a copy of it would not find that module.")
         self._name_files(memories)
@@ -216,8 +215,11 @@ class FlatModule:
     def text(self, is_object: bool) -> str:
         """The file; `is_object` when some other file imports it as a whole."""
         text = b"".join(self._lines)
+        edited = len(text)
         for start, end, new in sorted(self._edits, reverse=True):
-            text = text[:start] + new.encode() + text[end:]
+            if end > edited:
+                raise ValueError(f"{self.source.name} uses what it imports in a way that a copy cannot follow.")
+            text, edited = text[:start] + new.encode() + text[end:], start
         text = text.decode() + self._footer
         if is_object:
             text = f"{text}\n\nimport sys\n\n\n{THIS_MODULE} = sys.modules[__name__]\n"
@@ -287,7 +289,8 @@ class FlatModule:
         self._replace(node, f"\n{indent}".join(statements))
 
     def _replace(self, node: ast.AST, new: str) -> None:
-        self._edits.append((*self._span(node), new))
+        if new != self._segment(node):
+            self._edits.append((*self._span(node), new))
 
     def _segment(self, node: ast.AST) -> str:
         start, end = self._span(node)

@@ -4,6 +4,7 @@ import ast
 import compileall
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import hf_memory.kernels
 from hf_memory import TitansConfig
@@ -24,10 +28,12 @@ from hf_memory.models.hybrid.configuration_hybrid import MemoryHybridConfig
 # What `pip install torch transformers` brings; triton is not among it on every machine.
 INSTALLED = {"huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "transformers"}
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
 # Programs of these tests start like this. Packages disappear as if they were not installed: `find_spec` finds nothing.
 PRELUDE = """
 import os, sys
-os.environ["HF_MODULES_CACHE"] = CACHE
+os.environ["HF_MODULES_CACHE"], os.environ["HF_HUB_CACHE"] = MODULES, HUB
 HIDDEN = {"accelerate", "conversion", "datasets", "hf_memory", "kernels", "peft", "rich", "triton", "typer"}
 
 class Without:
@@ -39,10 +45,9 @@ class Without:
         return None if name.split(".")[0] in HIDDEN else self.finder.find_spec(name, path, target)
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+import json, shutil
 import torch
-from transformers import (
-    AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-)
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
 
 def load(folder, auto_class=AutoModelForCausalLM, **kwargs):
     return auto_class.from_pretrained(folder, trust_remote_code=True, **kwargs)
@@ -77,8 +82,16 @@ for kind, folder in folders.items():
     code = sorted(name for name in os.listdir(folder) if name.endswith(".py"))
     assert code == sorted(name for name in os.listdir(again) if name.endswith(".py")), again
     assert load(again).config.auto_map == config.auto_map
-    os.link(folder + "/expected.pt", again + "/expected.pt")
+    shutil.copy(folder + "/expected.pt", again)
     check(load(again), again)
+
+# From the Hub every file is fetched by itself, and all end up in one folder.
+for kind in ("mag", "llama"):
+    model = load(f"someone/{kind}")
+    check(model, folders[kind])
+    assert type(model).__module__.startswith("transformers_modules.someone."), type(model)
+generator = pipeline("text-generation", model=folders["llama"], trust_remote_code=True)
+assert len(generator("3 4 5 6", max_new_tokens=4, return_full_text=False)[0]["generated_text"].split()) == 4
 assert not [name for name in sys.modules if name.split(".")[0] in HIDDEN]
 """
 
@@ -97,12 +110,16 @@ for kind, folder in folders.items():
     check(own, folder)
     check(AutoModelForCausalLM.from_pretrained(folder), folder)
     check(copies[kind], folder)
+    # What it saves elsewhere does not name code that is not there.
+    own.save_pretrained(folder + "-own")
+    with open(folder + "-own/config.json") as saved, open(folder + "/config.json") as original:
+        assert "auto_map" not in json.load(saved)
+        reference = json.load(original)["auto_map"]["AutoModelForCausalLM"]
     # The copy once more, under another name and behind the package.
-    os.rename(folder, folder + "-moved")
-    reference = AutoConfig.from_pretrained(folder + "-moved", trust_remote_code=True).auto_map["AutoModelForCausalLM"]
-    copy = get_class_from_dynamic_module(reference, folder + "-moved")
+    moved = shutil.copytree(folder, folder + "-moved")
+    copy = get_class_from_dynamic_module(reference, moved)
     assert copy is not type(copies[kind])
-    check(copy.from_pretrained(folder + "-moved"), folder + "-moved")
+    check(copy.from_pretrained(moved), moved)
 """
 
 
@@ -129,15 +146,26 @@ def models() -> dict[str, PreTrainedModel]:
     return {kind: make().eval() for kind, make in MODELS.items()}
 
 
-@pytest.fixture
-def folders(models: dict[str, PreTrainedModel], tmp_path: Path) -> dict[str, str]:
-    """Saved models with their code and with what they compute."""
-    return {kind: save(model, tmp_path / f"model-{kind}") for kind, model in models.items()}
+@pytest.fixture(scope="module")
+def saved(models: dict[str, PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved models with their code and with what they compute; a copy of each in the layout of the Hub's cache."""
+    path = tmp_path_factory.mktemp("saved")
+    for kind, model in models.items():
+        folder = save(model, path / f"model-{kind}")
+        repository = path / "hub" / f"models--someone--{kind}"
+        shutil.copytree(folder, repository / "snapshots" / COMMIT)
+        (repository / "refs").mkdir()
+        (repository / "refs/main").write_text(COMMIT)
+    return path
 
 
-def save(model: PreTrainedModel, folder: Path) -> str:
+def save(model: PreTrainedModel, folder: Path) -> Path:
     model.save_pretrained(folder)
     export_remote_code(model, folder)
+    words = {"<unk>": 0, **{str(i): i for i in range(1, model.config.vocab_size)}}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
     ids = torch.randint(3, model.config.vocab_size, (2, 13), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -151,14 +179,13 @@ def save(model: PreTrainedModel, folder: Path) -> str:
             "tokens": model.generate(ids, max_new_tokens=8, do_sample=False),
         }
     torch.save(expected, folder / "expected.pt")
-    return str(folder)
+    return folder
 
 
 @pytest.mark.parametrize("program", [ALONE, BESIDE], ids=["alone", "beside the package"])
-def test_a_folder_loads_by_the_code_in_it(
-    program: str, folders: dict[str, str], tmp_path: Path, root: Path, run_python
-):
-    given = f"CACHE, ROOT, folders = {str(tmp_path / 'modules')!r}, {str(root)!r}, {folders!r}\n"
+def test_a_folder_loads_by_the_code_in_it(program: str, saved: Path, tmp_path: Path, root: Path, run_python):
+    folders = {kind: str(saved / f"model-{kind}") for kind in MODELS}
+    given = f"MODULES, HUB, ROOT = {[str(path) for path in (tmp_path, saved / 'hub', root)]}; folders = {folders}\n"
     printed = run_python(given + PRELUDE + program, cwd=tmp_path, stderr=True)
     assert "Traceback" not in printed and "ERROR" not in printed
     assert "not initialized" not in printed, printed
