@@ -1,4 +1,7 @@
-"""The command line: `hf-memory generate | info | doctor | check`. Exits with 1 if a check failed, 2 on wrong input."""
+"""The command line: `hf-memory generate | info | doctor | check | convert`.
+
+Exits with 1 if a check failed, 2 on wrong input.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from hf_memory._cli import convert as conversion
 
 
 # torch and transformers take seconds to import: only inside the commands.
@@ -217,6 +222,9 @@ def check(
         json_file.write_text(report.to_json() + "\n", encoding="utf-8")
     console.print(report.table())
     raise typer.Exit(1 if report.failed else 0)
+
+
+app.command("convert")(_one_sentence(conversion.command()))
 
 
 def _subject(

@@ -27,6 +27,7 @@ RANKS = {
     "hf_memory.models": 4,
     "hf_memory": 5,
     "hf_memory.conversion": 6,
+    "hf_memory._cli.convert": 7,
     "hf_memory.cli": 7,
 }
 

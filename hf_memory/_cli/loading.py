@@ -19,28 +19,32 @@ class UserError(Exception):
     """A sentence for the user: what was given, and what is accepted."""
 
 
-def load_config(source: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(source: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a folder, a `.json` file, a model type (its defaults), or a Hub id."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if not Path(source).exists() and source in CONFIG_MAPPING:
         return AutoConfig.for_model(source)
-    return _load(source, "configuration", AutoConfig.from_pretrained, trust_remote_code=trust_remote_code)
+    return _load(source, "configuration", AutoConfig.from_pretrained, **_origin(trust_remote_code, revision))
 
 
-def load_model(source: str, device: str, dtype: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_model(
+    source: str, device: str, dtype: str, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedModel:
     """The causal LM of a folder or a Hub id."""
     from transformers import AutoModelForCausalLM
 
     torch_device = resolve_device(device)
-    settings = {"dtype": resolve_dtype(dtype), "trust_remote_code": trust_remote_code}
+    settings = {"dtype": resolve_dtype(dtype)} | _origin(trust_remote_code, revision)
     return _load(source, "model", AutoModelForCausalLM.from_pretrained, **settings).to(torch_device).eval()
 
 
-def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return _load(source, "tokenizer", AutoTokenizer.from_pretrained, trust_remote_code=trust_remote_code)
+    return _load(source, "tokenizer", AutoTokenizer.from_pretrained, **_origin(trust_remote_code, revision))
 
 
 def resolve_device(name: str) -> Any:
@@ -63,6 +67,10 @@ def resolve_dtype(name: str) -> Any:
     if name not in DTYPES:
         raise UserError(f"Unknown dtype {name!r}; use one of {', '.join(DTYPES)}.")
     return name if name == "auto" else getattr(torch, name)
+
+
+def _origin(trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
+    return {"trust_remote_code": trust_remote_code} | ({} if revision is None else {"revision": revision})
 
 
 def _load(source: str, what: str, load: Callable[..., T], **kwargs: Any) -> T:

@@ -1,0 +1,277 @@
+"""The folder in which a conversion works: its lock, its recipe, its log, its checkpoints.
+
+    OUTPUT.converting/
+      lock                     held while a process works here
+      recipe.yaml              what is being done
+      log.jsonl                one line per step
+      checkpoints/STAGE-STEP/  state.json, tensors.safetensors
+      result/OUTPUT/           the model while it is put together; renamed to OUTPUT at the end
+
+A checkpoint is written under another name and renamed when it is complete and on disk: what bears a checkpoint's name
+can be continued from, whenever the process was killed.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_memory.conversion.recipe import ConversionError, Recipe
+
+
+PARTIAL = ".partial"
+NAME = re.compile(r"(?P<stage>[a-z]+\d*)-(?P<step>\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a conversion stands.
+
+    Args:
+        stage: Label of the stage.
+        step: Steps of the stage that are behind.
+        numbers: Anything that JSON holds.
+        tensors: By name, on the CPU.
+    """
+
+    stage: str
+    step: int
+    numbers: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class WorkFolder:
+    """`OUTPUT.converting`, held by one process; used as a context.
+
+    It disappears when the context ends, unless it holds an unfinished conversion.
+
+    Raises:
+        ConversionError: The output exists, another process works here, or the folder cannot be made.
+    """
+
+    def __init__(self, output: str | Path, restart: bool = False) -> None:
+        self.output = Path(output).expanduser()
+        self.path = self.output.with_name(self.output.name + ".converting")
+        self.checkpoints = self.path / "checkpoints"
+        # Under its final name already: the card tells it.
+        self.model = self.path / "result" / self.output.name
+        self.restart = restart
+        self._published = False
+
+    def __enter__(self) -> "WorkFolder":
+        self._refuse_existing()
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self.path / "lock", timeout=0)
+            self._lock.acquire()
+        except Timeout:
+            raise ConversionError(
+                f"Another process is converting to {str(self.output)!r}: wait for it, or choose another output."
+            ) from None
+        except OSError as error:
+            raise ConversionError(f"The folder {str(self.path)!r} cannot be written: {error.strerror}.") from error
+        try:
+            # The process that held the lock may have finished meanwhile.
+            self._refuse_existing()
+            if self.restart:
+                self._clear()
+            self._remove_partial()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._published or not (self.path / "recipe.yaml").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+            for folder in self._made[1:]:
+                _remove_if_empty(folder)
+        self._lock.release()
+
+    def _refuse_existing(self) -> None:
+        if self.output.exists() or self.output.is_symlink():
+            raise ConversionError(
+                f"The output {str(self.output)!r} exists already: remove it, or choose another name."
+            )
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def _remove_partial(self) -> None:
+        shutil.rmtree(self.model.parent, ignore_errors=True)
+        for entry in self.checkpoints.glob("*" + PARTIAL):
+            shutil.rmtree(entry, ignore_errors=True)
+
+    def claim(self, recipe: Recipe) -> None:
+        """Write the recipe down; from here on the folder outlives an error."""
+        self._write_text(self.path / "recipe.yaml", recipe.to_yaml())
+
+    def compare(self, recipe: Recipe) -> None:
+        """Check that what lies here, if anything, was made by the same recipe.
+
+        Raises:
+            ConversionError: It was not.
+        """
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            return
+        before, now = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.to_dict()
+        for name in Recipe.WITHOUT_EFFECT:
+            before.pop(name, None), now.pop(name, None)
+        if difference := first_difference(before, now):
+            name, was, given = difference
+            raise ConversionError(
+                f"{str(self.path)!r} has an unfinished conversion in which `{name}` was {was!r}, now it is {given!r}: "
+                "give the old value to continue, or pass --restart (restart=True) to delete it and begin anew."
+            )
+
+    def latest(self, stages: list[str]) -> Checkpoint | None:
+        """The checkpoint that is furthest in this order of stages; older ones are removed."""
+        found = []
+        for entry in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
+            match = NAME.fullmatch(entry.name)
+            if match and match["stage"] in stages:
+                found.append((stages.index(match["stage"]), int(match["step"]), entry))
+        if not found:
+            return None
+        *older, (index, step, folder) = sorted(found)
+        for *_, entry in older:
+            shutil.rmtree(entry, ignore_errors=True)
+        numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return Checkpoint(stages[index], step, numbers, load_file(folder / "tensors.safetensors"))
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint, and remove the others once it is complete.
+
+        Raises:
+            ConversionError: It cannot be written; those that were there still are.
+        """
+        folder = self.checkpoints / f"{checkpoint.stage}-{checkpoint.step:06}"
+        beside = folder.with_name(folder.name + PARTIAL)
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()},
+                beside / "tensors.safetensors",
+            )
+            (beside / "state.json").write_text(json.dumps(checkpoint.numbers, indent=2) + "\n", encoding="utf-8")
+            for entry in (*beside.iterdir(), beside):
+                _flush(entry)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+            _flush(self.checkpoints)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise self.unwritable(error) from error
+        for entry in self.checkpoints.iterdir():
+            if entry != folder:
+                shutil.rmtree(entry, ignore_errors=True)
+        return folder
+
+    def unwritable(self, error: Exception) -> ConversionError:
+        """A sentence for an error while writing."""
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        good = self.last_good()
+        where = f"the last complete checkpoint, {good}, is intact" if good else "no checkpoint was complete yet"
+        return ConversionError(
+            f"{str(self.path)!r} cannot be written ({reason.rstrip('.')}); {where}: make room, run it again."
+        )
+
+    def last_good(self) -> str | None:
+        """Name of the newest complete checkpoint."""
+        folders = [entry for entry in self.checkpoints.glob("*") if NAME.fullmatch(entry.name)]
+        return max(folders, key=lambda entry: entry.stat().st_mtime_ns).name if folders else None
+
+    def publish(self) -> Path:
+        """Give the finished model its name; the rest of the folder goes with the end of the context."""
+        for entry in (*self.model.rglob("*"), self.model):
+            _flush(entry)
+        self._refuse_existing()
+        self.model.rename(self.output)
+        self._published = True
+        return self.output
+
+    def log(self) -> "Log":
+        return Log(self.path / "log.jsonl")
+
+    def _write_text(self, file: Path, text: str) -> None:
+        beside = file.with_name(file.name + PARTIAL)
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(file)
+        except OSError as error:
+            raise self.unwritable(error) from error
+
+
+class Log:
+    """One JSON object per line and step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """All complete lines; a killed process may have left half of one."""
+        if not self.path.exists():
+            return []
+        lines = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return lines
+
+    def rewind(self, stages: list[str], stage: str, step: int) -> None:
+        """Drop what comes after a step: it is about to be done, and written, again."""
+        kept = [
+            line for line in self.read() if (stages.index(line["stage"]), line["step"]) <= (stages.index(stage), step)
+        ]
+        beside = self.path.with_name(self.path.name + PARTIAL)
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        beside.replace(self.path)
+
+    def add(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """Name and both values of the first thing in which two nests of mappings and lists differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        pairs = [(f"{name}.{key}" if name else key, before.get(key), now.get(key)) for key in {**before, **now}]
+    elif isinstance(before, list) and isinstance(now, list) and len(before) == len(now) and name == "stages":
+        pairs = [(str(new.get("name")), old, new) for old, new in zip(before, now)]
+    else:
+        return None if before == now else (name, before, now)
+    return next((found for key, old, new in pairs if (found := first_difference(old, new, key))), None)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return

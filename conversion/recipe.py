@@ -1,0 +1,445 @@
+"""What a conversion does: one schema for Python, YAML and the command line.
+
+A `Recipe` names the teacher, the layers and the data, and lists the stages. `read_recipe` puts one together from a
+YAML file and flags; every value is checked there, with one sentence that names the key, what was given and what is
+accepted.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+
+
+class ConversionError(ValueError):
+    """A sentence for the user: what was given, and what is accepted or what to do."""
+
+
+def option(
+    default: Any, accepts: str, holds: Callable[[Any], bool] = lambda value: True, help: str = "", **settings: Any
+) -> Any:
+    """A field of the schema.
+
+    Args:
+        default: Its default; a list or dict is copied.
+        accepts: What it accepts, as it stands in the sentence about a wrong value.
+        holds: Whether a value of the right type is accepted.
+        help: One line for the command line; empty for fields that have no flag.
+    """
+
+    def check(value: Any) -> None:
+        if isinstance(value, float) and not math.isfinite(value) or value is not None and not holds(value):
+            raise ValueError(f"must be {accepts}, got {value!r}")
+
+    settings["default_factory" if isinstance(default, (list, dict)) else "default"] = (
+        default.copy if isinstance(default, (list, dict)) else default
+    )
+    return field(metadata={"accepts": accepts, "help": help, "validator": check}, **settings)
+
+
+def count(default: int | None, help: str = "") -> Any:
+    accepts = "a whole number of at least 1"
+    return option(default, accepts, lambda value: not isinstance(value, bool) and value >= 1, help)
+
+
+def share(default: float, help: str = "") -> Any:
+    return option(default, "a number from 0 to 1", lambda value: 0 <= value <= 1, help)
+
+
+def positive(default: float | None, help: str = "") -> Any:
+    return option(default, "a number above 0", lambda value: value > 0, help)
+
+
+def not_negative(default: float, help: str = "") -> Any:
+    return option(default, "a number of at least 0", lambda value: value >= 0, help)
+
+
+def one_of(default: str, choices: tuple[str, ...], help: str = "") -> Any:
+    return option(default, "one of " + ", ".join(choices), choices.__contains__, help)
+
+
+@strict
+@dataclass(kw_only=True)
+class Stage:
+    """What all stages have in common: a name."""
+
+    name: ClassVar[str]
+
+
+@strict
+@dataclass(kw_only=True)
+class InitStage(Stage):
+    """Build the student from the teacher. It has no options of its own."""
+
+    name: ClassVar[str] = "init"
+
+
+@strict
+@dataclass(kw_only=True)
+class TrainingStage(Stage):
+    """Budget, optimiser and schedule of a stage that trains.
+
+    AdamW with betas (0.9, 0.95); the learning rate rises linearly over `warmup` of the steps, then falls along a
+    cosine to `floor` times `lr`. Weight decay acts on matrices only. Each batch goes through in `accumulate` parts.
+    """
+
+    tokens: int = count(5_000_000)
+    lr: float | int = positive(1e-3)
+    warmup: float | int = share(0.05)
+    floor: float | int = share(0.1)
+    weight_decay: float | int = not_negative(0.01)
+    clip: float | int = positive(1.0)
+    context: int | None = count(None)
+    batch_size: int | None = count(None)
+    accumulate: int = count(1)
+
+
+@strict
+@dataclass(kw_only=True)
+class AlignStage(TrainingStage):
+    """Train the memories so that each converted block, on the teacher's own input, gives the teacher's output."""
+
+    name: ClassVar[str] = "align"
+
+
+@strict
+@dataclass(kw_only=True)
+class DistillStage(TrainingStage):
+    """Train the student end to end towards the teacher's distribution.
+
+    The loss is `kl_weight * temperature**2 * KL(teacher || student) + ce_weight * cross entropy`, per token.
+    `trainable` is `"memory"` or `"all"`; `kept_lr` is the learning rate of what the teacher has too (default: `lr`).
+    """
+
+    name: ClassVar[str] = "distill"
+
+    tokens: int = count(20_000_000)
+    lr: float | int = positive(3e-4)
+    kept_lr: float | int | None = positive(None)
+    temperature: float | int = positive(1.0)
+    trainable: str = one_of("memory", ("memory", "all"))
+    kl_weight: float | int = not_negative(1.0)
+    ce_weight: float | int = not_negative(0.0)
+
+    def validate_weights(self) -> None:
+        """Part of `@strict`-powered validation: there is something to learn from."""
+        if not self.kl_weight and not self.ce_weight:
+            raise ValueError("`kl_weight` and `ce_weight` are both 0: nothing is left to learn from")
+
+
+STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (InitStage, AlignStage, DistillStage)}
+LAYER_WORDS = ("all", "odd", "even", "none")
+
+
+def default_stages() -> list[Stage]:
+    return [stage() for stage in STAGES.values()]
+
+
+@strict
+@dataclass(kw_only=True)
+class Recipe:
+    """Everything that decides what a conversion does.
+
+    `data` may be left out when no stage trains; nothing is evaluated then. `held_out` is the share of the blocks at
+    the end of the data that is kept for evaluation, or a file or folder of its own; `held_out_blocks` of them are
+    read. `layers` counts from 0. `seed` fixes the memories' random weights and the order of the data.
+    """
+
+    teacher: str = option("", "a folder or a Hub id", bool, "Folder of a saved model, or its id on the Hub.")
+    output: str = option("", "a folder that does not exist yet", bool, "Folder to write; it must not exist.")
+    revision: str | None = option(None, "a branch, tag or commit", bool, "Branch, tag or commit of a Hub teacher.")
+    trust_remote_code: bool = option(False, "true or false", help="Run code that comes with the teacher.")
+    memory: str = option("titans", "the name of a memory architecture", bool, "Architecture of the memories.")
+    memory_options: dict = option({}, "a mapping from fields of the memory's config to values")
+    layers: str | list[int] = option(
+        "odd",
+        "a list of layer numbers, all, odd, even or none",
+        help='Layers to convert: "1,3,5", all, odd, even, none.',
+    )
+    mode: str = one_of(
+        "replace", ("replace", "retrofit"), '"replace" attention, or "retrofit" a memory beside a window of attention.'
+    )
+    window: int | None = count(None, "Tokens that the attention of a retrofitted layer sees.")
+    data: str | list[str] | None = option(
+        None,
+        "a file, a folder of text files, or a dataset id",
+        bool,
+        "Text file, folder, or dataset ID[:SPLIT]; repeat for more.",
+    )
+    data_config: str | None = option(None, "the name of a configuration", bool, "Configuration of the dataset.")
+    text_column: str = option("text", "the name of a column", bool, "Column of the dataset that holds the text.")
+    held_out: str | float | int = option(
+        0.05,
+        "a share between 0 and 1, or a file or folder",
+        lambda value: 0 < value < 1 if not isinstance(value, str) else bool(value),
+        "Share of the blocks kept for evaluation, or a file of its own.",
+    )
+    held_out_blocks: int = count(64, "How many of the held-out blocks are evaluated.")
+    context: int = count(2048, "Tokens per block.")
+    batch_size: int = count(8, "Blocks per step.")
+    seed: int = option(
+        0, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32, "Of everything random."
+    )
+    dtype: str = one_of(
+        "auto",
+        ("auto", "float32", "bfloat16"),
+        "To compute in; trained weights are kept in float32. auto: by the device.",
+    )
+    save_dtype: str = one_of("teacher", ("teacher", "float32", "bfloat16"), "Of the saved model; teacher: as stored.")
+    device: str = option(
+        "auto", "auto, cpu, cuda, cuda:1, ...", bool, '"cpu", "cuda", ...; "auto" takes a GPU if there is one.'
+    )
+    stages: list[Stage] = option(default_stages(), "a list of init, align and distill")
+    checkpoint_seconds: float | int = not_negative(300, "Time between two checkpoints.")
+    code: bool = option(True, "true or false")
+
+    # These change when or where something is written, not the weights that come out.
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("output", "checkpoint_seconds", "code")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            self.layers = parse_layers(self.layers)
+        if isinstance(self.data, list) and len(self.data) == 1:
+            self.data = self.data[0]
+
+    def validate_layers(self) -> None:
+        """Part of `@strict`-powered validation: each layer once."""
+        if isinstance(self.layers, list) and len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"`layers` names a layer twice: {self.layers}")
+
+    def validate_window(self) -> None:
+        """Part of `@strict`-powered validation: a window exists in retrofit mode only."""
+        if self.mode == "replace" and self.window is not None:
+            raise ValueError(f"`window` ({self.window}) belongs to mode retrofit: set that mode, or drop the window")
+
+    def validate_stages(self) -> None:
+        """Part of `@strict`-powered validation: init once and first, and data if anything trains."""
+        if not all(isinstance(stage, Stage) for stage in self.stages):
+            raise ValueError(f"`stages` must be a list of stages, got {self.stages!r}")
+        names = [stage.name for stage in self.stages]
+        if names[:1] != ["init"] or names.count("init") > 1:
+            raise ValueError(f"`stages` must begin with init and name it once, got {names}")
+        if self.data is None and self.training_stages:
+            raise ValueError("`data` is missing: name a text file, a folder or a dataset, or stop with the stage init")
+
+    @property
+    def training_stages(self) -> dict[str, TrainingStage]:
+        """The stages that train, by a label of their own: `distill`, `distill2`, ..."""
+        labelled: dict[str, TrainingStage] = {}
+        for stage in self.stages:
+            if isinstance(stage, TrainingStage):
+                earlier = sum(other.name == stage.name for other in labelled.values())
+                labelled[stage.name + (str(earlier + 1) if earlier else "")] = stage
+        return labelled
+
+    def context_of(self, stage: TrainingStage) -> int:
+        return stage.context or self.context
+
+    def batch_size_of(self, stage: TrainingStage) -> int:
+        return stage.batch_size or self.batch_size
+
+    def steps_of(self, stage: TrainingStage) -> int:
+        """Steps that use up the stage's tokens, the last one rounded up."""
+        return math.ceil(stage.tokens / (self.context_of(stage) * self.batch_size_of(stage)))
+
+    def layer_numbers(self, num_layers: int) -> list[int]:
+        """`layers` as numbers, for a teacher of so many layers.
+
+        Raises:
+            ConversionError: A layer that the teacher does not have.
+        """
+        chosen = {"all": slice(0, None), "odd": slice(1, None, 2), "even": slice(0, None, 2), "none": slice(0, 0)}
+        if isinstance(self.layers, str):
+            return list(range(num_layers))[chosen[self.layers]]
+        for layer in self.layers:
+            if not 0 <= layer < num_layers:
+                raise ConversionError(
+                    f"Layer {layer} does not exist: the teacher has {num_layers} layers, 0 to {num_layers - 1}."
+                )
+        return sorted(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values in the order of the schema; `read_recipe` takes them back."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["stages"] = [
+            {"name": stage.name} | {entry.name: getattr(stage, entry.name) for entry in fields(stage)}
+            for stage in self.stages
+        ]
+        return values
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def parse_layers(text: str) -> str | list[int]:
+    """`"1,3,5"` as numbers; one of the words, or a sentence."""
+    if text in LAYER_WORDS:
+        return text
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConversionError(
+            f"`layers` must be layer numbers such as 1,3,5, or one of {', '.join(LAYER_WORDS)}, got {text!r}."
+        ) from None
+
+
+def build(schema: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """An instance of a class of the schema from plain values.
+
+    Args:
+        schema: `Recipe` or a stage.
+        values: By field name; numbers may come as text.
+        where: In front of the field names in sentences, such as `"align."`.
+
+    Raises:
+        ConversionError: An unknown key, a value of the wrong type or out of range.
+    """
+    known = {entry.name: entry for entry in fields(schema)}
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        accepted = ", ".join(known) or "none"
+        raise ConversionError(f"Unknown key `{where}{unknown[0]}`; the keys there are: {accepted}.")
+    accepted_values = {}
+    for key, value in values.items():
+        entry = known[key]
+        accepted_values[key] = value = as_number(value, entry.type)
+        try:
+            # One by one, for a sentence that can name the field.
+            for validator in schema.__validators__[key]:
+                validator(value)
+        except (TypeError, ValueError) as error:
+            raise ConversionError(
+                f"`{where}{key}` must be {entry.metadata['accepts']}, got {values[key]!r}."
+            ) from error
+    try:
+        return schema(**accepted_values)
+    except StrictDataclassError as error:
+        raise ConversionError(
+            f"{str(error.__cause__).rstrip('.')}{f' (stage {where[:-1]})' if where else ''}."
+        ) from error
+
+
+def as_number(value: Any, annotation: Any) -> Any:
+    """Text as a number where the field takes numbers only: YAML reads `1e-3` as text."""
+    if not isinstance(value, str) or annotation not in (
+        int,
+        int | None,
+        float | int,
+        float | int | None,
+        str | float | int,
+    ):
+        return value
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
+def build_stage(given: Any) -> Stage:
+    """A stage from its name, or from a mapping with `name` and options."""
+    values = {"name": given} if isinstance(given, str) else given
+    if not isinstance(values, Mapping) or values.get("name") not in STAGES:
+        name = values.get("name") if isinstance(values, Mapping) else given
+        raise ConversionError(f"`stages` must be made of {', '.join(STAGES)}, got {name!r}.")
+    return build(STAGES[values["name"]], {k: v for k, v in values.items() if k != "name"}, f"{values['name']}.")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConversionError: The file cannot be read, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConversionError(f"The recipe {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConversionError(f"The recipe {str(path)!r} is no YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise ConversionError(f"The recipe {str(path)!r} must be a mapping from keys to values, got {values!r}.")
+    return values
+
+
+def read_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:
+    """A checked recipe from a YAML file, flags, or both.
+
+    Args:
+        path: YAML file; None for flags only.
+        flags: Values by field name; they win over the file. Besides the fields of `Recipe`: `stages` as text
+            (`"init,align"`) chooses among the stages of the file, or takes them with their defaults; `tokens` and `lr`
+            go to every chosen stage that trains; `set` is a list of texts such as `"align.lr=1e-3"`.
+
+    Raises:
+        ConversionError: One sentence about the first thing wrong.
+    """
+    values, flags = read_yaml(path) if path is not None else {}, dict(flags or {})
+    given = values.pop("stages", list(STAGES))
+    if not isinstance(given, list):
+        raise ConversionError(f"`stages` must be a list of {', '.join(STAGES)}, got {given!r}.")
+    stages = [dict(stage) if isinstance(stage, Mapping) else {"name": stage} for stage in given]
+    chosen = flags.pop("stages", None)
+    if chosen is not None:
+        stages = choose_stages(stages, [name.strip() for name in chosen.split(",")])
+    for name in ("tokens", "lr"):
+        if (value := flags.pop(name, None)) is not None:
+            for stage in stages:
+                if stage.get("name") != "init":
+                    stage[name] = value
+    for assignment in flags.pop("set", None) or ():
+        target, value = split_assignment(assignment, "set")
+        name, _, key = target.partition(".")
+        matching = [stage for stage in stages if stage.get("name") == name]
+        if not matching or not key:
+            names = ", ".join(str(stage.get("name")) for stage in stages)
+            raise ConversionError(
+                f"`set` takes STAGE.KEY=VALUE with a stage of this run ({names}), got {assignment!r}."
+            )
+        for stage in matching:
+            stage[key] = value
+    merged = values | {key: value for key, value in flags.items() if value is not None}
+    if values.get("memory_options") and isinstance(merged.get("memory_options"), dict):
+        merged["memory_options"] = {**values["memory_options"], **merged["memory_options"]}
+    for name in ("teacher", "output"):
+        if merged.get(name) in (None, ""):
+            accepts = Recipe.__dataclass_fields__[name].metadata["accepts"]
+            raise ConversionError(f"`{name}` is missing: name {accepts}.")
+    return build(Recipe, {**merged, "stages": [build_stage(stage) for stage in stages]})
+
+
+def choose_stages(stages: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+    """The stages that bear one of the names, in their own order; a name that none bears gets a stage of defaults."""
+    present = {stage.get("name") for stage in stages}
+    kept = [stage for stage in stages if stage.get("name") in names]
+    return kept + [{"name": name} for name in names if name not in present]
+
+
+def split_assignment(text: str, flag: str) -> tuple[str, Any]:
+    """`"name=value"` as a name and a YAML scalar."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ConversionError(f"`{flag}` takes NAME=VALUE, got {text!r}.")
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConversionError(f"The value in `{flag}` {text!r} is no YAML scalar.") from None
+
+
+__all__ = [
+    "STAGES",
+    "AlignStage",
+    "ConversionError",
+    "DistillStage",
+    "InitStage",
+    "Recipe",
+    "Stage",
+    "TrainingStage",
+    "read_recipe",
+]

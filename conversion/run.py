@@ -1,0 +1,325 @@
+"""A conversion from its recipe to the folder of the finished model."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from hf_memory._cli.loading import UserError, load_config, load_model, load_tokenizer, resolve_device
+from hf_memory._cli.state_size import build_without_weights
+from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
+from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
+from hf_memory.conversion.progress import Voice
+from hf_memory.conversion.recipe import ConversionError, DistillStage, Recipe
+from hf_memory.conversion.stages import make_stage
+from hf_memory.conversion.surgery import build_student, memory_parameters
+from hf_memory.conversion.training import Run, as_masters, fingerprint, load_tensors, make_accelerator, train_stage
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# A curve in the report has so many points at most, each the mean of the steps around it.
+CURVE_POINTS = 400
+
+
+def convert(recipe: Recipe, *, restart: bool = False) -> Path:
+    """
+    Convert a teacher as a recipe says, or continue where an earlier call was cut off.
+
+    What is not finished lies in `<output>.converting`; the output appears in one step when it is complete. A
+    conversion that was cut off, whether by Ctrl-C, an error or a kill, goes on from its last checkpoint when the same
+    recipe is given again, and with the same number of threads ends in the same weights, bit for bit.
+
+    Args:
+        recipe: What to do.
+        restart: Delete what an earlier conversion to the same output left. Default: continue it.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        ConversionError: One sentence, for an input that cannot be used, a work folder that belongs to another recipe,
+            a loss that is not finite, or a disk that is full.
+        KeyboardInterrupt: After Ctrl-C or SIGTERM, behind a checkpoint.
+
+    Example:
+
+    ```python
+    >>> from hf_memory.conversion.recipe import read_recipe
+    >>> from hf_memory.conversion.run import convert
+
+    >>> recipe = read_recipe(flags={"teacher": "my-llama", "layers": "odd", "data": "text.txt", "output": "my-hybrid"})
+    >>> convert(recipe)
+    ```
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConversionError("A conversion runs in one process: start it without torchrun or accelerate launch.")
+    try:
+        with WorkFolder(recipe.output, restart) as work:
+            return _Conversion(recipe, work).run()
+    except UserError as error:
+        raise ConversionError(str(error)) from error
+    except StrictDataclassError as error:
+        # A field of the memory's configuration; the cause has the sentence.
+        raise ConversionError(f"A memory cannot be built like this: {error.__cause__ or error}") from error
+
+
+class _Conversion:
+    """One call of `convert`."""
+
+    def __init__(self, recipe: Recipe, work: WorkFolder) -> None:
+        self.work, self.voice = work, Voice()
+        self.origin = (recipe.trust_remote_code, recipe.revision)
+        self.config = self._teacher_config(recipe)
+        count = self.config.get_text_config(decoder=True).num_hidden_layers
+        # Numbers instead of words, so that the same layers under another name are the same recipe.
+        self.recipe = replace(recipe, layers=recipe.layer_numbers(count))
+        self.device = resolve_device(recipe.device)
+        self.dtype = _compute_dtype(recipe, self.device)
+
+    def run(self) -> Path:
+        self.work.compare(self.recipe)
+        self._check_surgery()
+        tokenizer, corpus = self._text()
+        self.work.claim(self.recipe)
+        student, trained = self._train(corpus)
+        final = self._final_model(student, trained)
+        del student
+        try:
+            self._assemble(final, tokenizer, corpus)
+            return self.work.publish()
+        except (OSError, SafetensorError) as error:
+            raise self.work.unwritable(error) from error
+
+    def _teacher_config(self, recipe: Recipe) -> PreTrainedConfig:
+        from transformers import CONFIG_MAPPING
+
+        if not Path(recipe.teacher).exists() and recipe.teacher in CONFIG_MAPPING:
+            raise ConversionError(f"`teacher` {recipe.teacher!r} names an architecture: name a saved model.")
+        config = load_config(recipe.teacher, *self.origin)
+        if config.model_type == "memory_hybrid":
+            raise ConversionError(
+                f"`teacher` {recipe.teacher!r} is a hybrid already: name the model it was made from."
+            )
+        longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        wanted = max([recipe.context, *(recipe.context_of(stage) for stage in recipe.training_stages.values())])
+        if recipe.data is not None and longest is not None and wanted > longest:
+            raise ConversionError(f"`context` {wanted} is beyond the {longest} positions that the teacher knows.")
+        return config
+
+    def _check_surgery(self) -> None:
+        """The whole surgery on tensors without memory, before anything large is loaded."""
+        with torch.device("meta"):
+            self._student_of(build_without_weights(self.config, torch.float32))
+
+    def _student_of(self, teacher: PreTrainedModel) -> PreTrainedModel:
+        recipe = self.recipe
+        return build_student(
+            teacher,
+            layers=recipe.layers,
+            memory=recipe.memory,
+            memory_options=recipe.memory_options,
+            mode=recipe.mode,
+            window=recipe.window,
+            seed=recipe.seed,
+        )
+
+    def _text(self) -> tuple[PreTrainedTokenizerBase | None, Corpus | None]:
+        if self.recipe.data is None:
+            try:
+                return load_tokenizer(self.recipe.teacher, *self.origin), None
+            except UserError:
+                # Nothing is read: a teacher without a tokenizer becomes a student without one.
+                return None, None
+        tokenizer = load_tokenizer(self.recipe.teacher, *self.origin)
+        with self.voice.progress("reading, in characters", None) as bar:
+            corpus = load_corpus(self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"))
+        return tokenizer, corpus
+
+    def _train(self, corpus: Corpus | None) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        """The student behind all stages, and the weights that are no longer those of the start, on the CPU."""
+        recipe, stages = self.recipe, self.recipe.training_stages
+        labels = list(stages)
+        done = self.work.latest(labels)
+        teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
+        identity = {"teacher": fingerprint(teacher), "data": corpus.fingerprint if corpus is not None else ""}
+        if done is not None:
+            self._check_unchanged(done, identity)
+        student = self._student_of(teacher).requires_grad_(True)
+        self._say_plan(student, corpus)
+        if not stages:
+            return student, {}
+        accelerator = make_accelerator(self.device, self.dtype)
+        run = Run(self.work, recipe.checkpoint_seconds, self.voice, accelerator, student, labels, identity)
+        if done is not None:
+            self.work.log().rewind(labels, done.stage, done.step)
+            self.voice.say(f"Continuing from the checkpoint {done.stage}-{done.step:06}.")
+        behind = -1 if done is None else labels.index(done.stage)
+        for number, (label, options) in enumerate(stages.items()):
+            stage, steps = make_stage(options, teacher, student), recipe.steps_of(options)
+            context, batch_size = recipe.context_of(options), recipe.batch_size_of(options)
+            if number < behind or number == behind and done.step >= steps:
+                run.trained |= stage.parameters
+                continue
+            if done is not None and number == behind + 1:
+                restore(run, done)
+            batches = Batches(corpus.train, context, batch_size, (recipe.seed, number))
+            train_stage(run, label, stage, batches, steps, done if number == behind else None)
+        if done is not None and behind == len(labels) - 1:
+            restore(run, done)
+        return student, {name: value.detach().cpu() for name, value in run.trained.items()}
+
+    def _load_teacher(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
+        self.voice.say(f"Loading {self.recipe.teacher}")
+        return load_model(self.recipe.teacher, str(device), dtype, *self.origin).requires_grad_(False)
+
+    def _check_unchanged(self, done: Checkpoint, identity: dict[str, str]) -> None:
+        for name, value in identity.items():
+            if done.numbers.get(name) != value:
+                raise ConversionError(
+                    f"The {name} is not what checkpoint {done.stage}-{done.step:06} was trained with: put it back "
+                    "to continue, or pass --restart (restart=True) to begin anew."
+                )
+        if (threads := done.numbers.get("threads")) != torch.get_num_threads():
+            self.voice.say(
+                f"The checkpoint was made with {threads} threads, this process has {torch.get_num_threads()}: sums "
+                "may round differently from here on."
+            )
+
+    def _say_plan(self, student: PreTrainedModel, corpus: Corpus | None) -> None:
+        recipe, say = self.recipe, self.voice.say
+        layers = ", ".join(map(str, recipe.layers)) or "none"
+        how = {"replace": "in place of attention", "retrofit": "beside attention over a window"}[recipe.mode]
+        say(f"Teacher {recipe.teacher}: {self.config.model_type}, {student.config.num_hidden_layers} layers")
+        say(f"Layers that get a {recipe.memory} memory {how}: {layers}")
+        say("Inherited: projections of queries, keys, values and output; all outside the memories, bit for bit")
+        new = sum(value.numel() for value in memory_parameters(student).values())
+        say(f"Parameters: {new:,} in memories, {student.num_parameters() - new:,} of the teacher's")
+        if corpus is not None:
+            say(f"Text: {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held out")
+        for label, stage in recipe.training_stages.items():
+            steps, size, length = recipe.steps_of(stage), recipe.batch_size_of(stage), recipe.context_of(stage)
+            trains = stage.trainable if isinstance(stage, DistillStage) else "memory"
+            say(
+                f"Stage {label} trains {trains}: {stage.tokens:,} tokens, {steps:,} steps of {size} blocks of {length}"
+            )
+        precision = str(self.dtype).removeprefix("torch.")
+        say(f"On {self.device} in {precision}; unfinished work lies in {self.work.path}")
+
+    def _final_model(self, student: PreTrainedModel, trained: dict[str, torch.Tensor]) -> PreTrainedModel:
+        """The teacher's tensors as they are stored, with the surgery done again and the trained weights on top."""
+        final = self._student_of(self._load_teacher("auto", "cpu"))
+        with torch.no_grad():
+            for name, parameter in final.named_parameters():
+                if name in trained:
+                    parameter.copy_(trained[name])
+        return final
+
+    def _assemble(
+        self, final: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
+    ) -> None:
+        from hf_memory.conversion.card import write_card
+        from hf_memory.conversion.report import write_report
+
+        folder, recipe = self.work.model, self.recipe
+        final.save_pretrained(folder)
+        if recipe.save_dtype != "teacher":
+            # Through loading, which knows what has to stay in float32.
+            load_model(str(folder), "cpu", recipe.save_dtype).save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        report = None
+        if corpus is not None:
+            report = self._report(corpus, tokenizer)
+            write_report(report, folder, self.voice.console)
+        if recipe.code:
+            from hf_memory.hub.remote_code import export_remote_code
+
+            export_remote_code(final, folder)
+        values = {key: value for key, value in recipe.to_dict().items() if key not in Recipe.WITHOUT_EFFECT}
+        revision = getattr(self.config, "_commit_hash", None) or recipe.revision
+        write_card(
+            folder, config=final.config, teacher=recipe.teacher, recipe=values, report=report, revision=revision
+        )
+
+    def _report(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """Teacher and saved student measured on the held-out blocks."""
+        from hf_memory.conversion.evaluate import SPEED_CONTEXTS
+        from hf_memory.conversion.report import environment, measure
+
+        recipe, precision = self.recipe, str(self.dtype).removeprefix("torch.")
+        blocks = corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
+        models = {
+            "teacher": self._load_teacher(precision, self.device),
+            "student": load_model(str(self.work.model), str(self.device), precision),
+        }
+        with self.voice.progress("evaluating, in blocks", len(blocks)) as bar:
+            measured = measure(
+                models,
+                blocks,
+                reference="teacher",
+                bytes_per_token=bytes_per_token(blocks, tokenizer),
+                speed_contexts=[tokens for tokens in SPEED_CONTEXTS if tokens <= recipe.context],
+                on_progress=lambda done, total: bar.update(done),
+            )
+        return {
+            "title": f"{Path(recipe.teacher).name} with {recipe.memory} memory",
+            "converted": {
+                "layers": recipe.layers,
+                "of": self.config.get_text_config(decoder=True).num_hidden_layers,
+                "memory": recipe.memory,
+                "mode": recipe.mode,
+            },
+            "student": "student",
+            "reference": "teacher",
+            "models": measured,
+            "curves": curves(self.work.log().read()),
+            "environment": environment(self.device) | {"dtype": precision},
+        }
+
+
+def restore(run: Run, done: Checkpoint) -> None:
+    """Give the student what it had learnt at the end of a stage."""
+    as_masters(run.trained)
+    load_tensors(run.trained, done.tensors)
+
+
+def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    if recipe.dtype != "auto":
+        return getattr(torch, recipe.dtype)
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The losses of the log by stage, as a report draws them."""
+    units = {"align": "share of the blocks' updates, summed over layers", "distill": "nats per token"}
+    found = []
+    for label in dict.fromkeys(line["stage"] for line in log):
+        lines = [line for line in log if line["stage"] == label]
+        width = -(-len(lines) // CURVE_POINTS)
+        groups = [lines[start : start + width] for start in range(0, len(lines), width)]
+        found.append(
+            {
+                "stage": label,
+                "run": "student",
+                "unit": units[label.rstrip("0123456789")],
+                "tokens": [group[-1]["tokens"] for group in groups],
+                "loss": [sum(line["loss"] for line in group) / len(group) for group in groups],
+            }
+        )
+    return found
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a converted model; `None` when nothing was measured."""
+    file = folder / "report.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
