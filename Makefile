@@ -1,3 +1,5 @@
+# make demo        convert a small Transformer, measure it, and let it write: see examples/demo.py
+#                  make demo TEACHER=<hub id or path> DATA=<file>
 # make test        everything but the slow tests (builds .venv first if needed)
 # make test-slow   the slow tests
 # make lint        ruff, formatting, and the linter of transformers for modelling files
@@ -5,7 +7,7 @@
 # make venv        build or refresh .venv from constraints.txt
 # make clean       remove build products and caches (not .venv)
 #
-# ARGS goes to pytest: make test ARGS="tests/test_import.py -x"
+# ARGS goes to pytest, or to the demo: make test ARGS="tests/test_import.py -x"
 
 PYTHON ?= python3
 ARGS ?=
@@ -16,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed-from-constraints
 
 .DEFAULT_GOAL := test
-.PHONY: venv test test-slow lint format clean
+.PHONY: venv demo test test-slow lint format clean
 
 venv: $(READY)
 
@@ -30,6 +32,9 @@ $(READY): constraints.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt hatchling
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
 	@touch $@
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)

@@ -169,12 +169,20 @@ def evaluate_model(model: PreTrainedModel, blocks: torch.Tensor, **options) -> Q
     return evaluate_models({"model": model}, blocks, **options)["model"]
 
 
-def paired_difference(first: Quality, second: Quality, part: int) -> tuple[float, float]:
+def paired_difference(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], part: int
+) -> tuple[float, float]:
     """
-    Mean and standard error over blocks of the bits per token that `first` needs less than `second` in one of their
-    parts: how sure a difference between two models on the same blocks is. The error is NaN for a single block.
+    How much less the first of two models needs than the second on the same blocks, and how sure that is.
+
+    Args:
+        first, second: `Quality.block_bits` of each, `[N][parts]`.
+        part: which of the parts to compare.
+
+    Returns:
+        Mean of the difference in bits per token, and its standard error over blocks (NaN for a single block).
     """
-    differences = [mine[part] - its[part] for its, mine in zip(first.block_bits, second.block_bits)]
+    differences = [its[part] - mine[part] for mine, its in zip(first, second)]
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     return statistics.fmean(differences), error
 

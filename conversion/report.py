@@ -148,7 +148,7 @@ def rows(report: Report) -> list[tuple[str, list[str]]]:
     unit, key = ("byte", "bits_per_byte") if per_byte else ("token", "bits_per_token")
     found = [("parameters", [f"{model['parameters']:,}" if "parameters" in model else "" for model in models])]
     found.append((f"held-out bits per {unit}", [_number(_whole(model).get(key), ".4f") for model in models]))
-    parts = max((_parts(model) for model in models), key=len)
+    parts = max((_parts(model) for model in models), key=len, default=[])
     if len(parts) > 1:
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
@@ -185,7 +185,7 @@ def notes(report: Report) -> list[str]:
     if (growth := _growth_note(report)) is not None:
         found.append(growth)
     for name, bits in report.get("baselines", {}).items():
-        found.append(f"{name} needs {bits:.4f} bits per byte for the same held-out text.")
+        found.append(f"{name}: {bits:.4f} bits per byte of the same held-out text.")
     found += report.get("notes", [])
     if where := report.get("environment"):
         versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "transformers", "hf_memory"))

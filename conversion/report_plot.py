@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def _losses(axes: Axes, stage: str, curves: list[dict[str, Any]], styles: dict[s
 
     for curve in curves:
         axes.plot(curve["tokens"], curve["loss"], label=curve["run"], linewidth=1.2, **styles[curve["run"]])
-    axes.set(title=f"stage {stage}", xlabel="tokens read", ylabel=curves[0].get("unit", "loss"))
+    axes.set(title=f"stage {stage}", xlabel="tokens read", ylabel=textwrap.fill(curves[0].get("unit", "loss"), 36))
     if all(loss > 0 for curve in curves for loss in curve["loss"]):
         lowest, highest = (f(loss for curve in curves for loss in curve["loss"]) for f in (min, max))
         if highest > 5 * lowest:

@@ -89,7 +89,7 @@ def test_table_says_what_was_measured_and_what_still_grows(report):
         assert "64.0 MiB" in flat and "32.0 MiB" in flat
         sentence = "Layer 0 keeps attention: the student's cache still grows with every token, by 256 bytes, where"
         assert sentence in flat and "the teacher's grows by 512. The memory of layer 1 takes 3.0 KiB" in flat
-        assert "xz -9e needs 1.6700 bits per byte" in flat and "One more thing." in flat
+        assert "xz -9e: 1.6700 bits per byte" in flat and "One more thing." in flat
 
 
 def test_markdown_is_a_table(report):
