@@ -234,11 +234,10 @@ class Log:
                 continue
         return lines
 
-    def rewind(self, stages: list[str], stage: str, step: int) -> None:
-        """Drop what comes after a step: it is about to be done, and written, again."""
-        kept = [
-            line for line in self.read() if (stages.index(line["stage"]), line["step"]) <= (stages.index(stage), step)
-        ]
+    def rewind(self, stages: list[str], done: Checkpoint | None) -> None:
+        """Drop what comes after a checkpoint: it is about to be done, and written, again."""
+        reached = (-1, 0) if done is None else (stages.index(done.stage), done.step)
+        kept = [line for line in self.read() if (stages.index(line["stage"]), line["step"]) <= reached]
         beside = self.path.with_name(self.path.name + PARTIAL)
         beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         beside.replace(self.path)

@@ -110,31 +110,36 @@ def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progres
     stages = list(recipe.training_stages.values())
     limit = sum(stage.tokens for stage in stages) * 5 // 4
     tokens = encode(documents(sources, recipe), tokenizer, limit, on_progress)
+    name, longest = ", ".join(sources), max([recipe.context, *(recipe.context_of(stage) for stage in stages)])
     if isinstance(recipe.held_out, str):
         train, held_out = tokens, encode(documents([recipe.held_out], recipe), tokenizer, limit, on_progress)
+        check_length(recipe.held_out, held_out, recipe.context + 1, "one block")
     else:
+        check_length(name, tokens, 2 * recipe.context + 1, "a block to train on and one to hold out")
         train, held_out = split(tokens, recipe.context, recipe.held_out)
-    name = ", ".join(sources)
-    longest = max([recipe.context, *(recipe.context_of(stage) for stage in stages)])
-    for part, context, source in ((train, longest, name), (held_out, recipe.context, recipe.held_out)):
-        if not num_blocks(part, context):
-            source = source if isinstance(source, str) else name
-            kept = f" ({len(held_out):,} more are held out)" if source == name and len(held_out) else ""
-            amount = f"{len(part):,} tokens" if len(part) else "no text"
-            raise ConversionError(
-                f"The data {source!r} holds {amount}{kept}, and one block of `context` {context} needs {context + 1}: "
-                "give more text, or a smaller context."
-            )
+    check_length(name, train, longest + 1, "one block", held_out if train is not tokens else ())
     return Corpus(train, held_out)
 
 
+def check_length(source: str, tokens: Sequence[int], needed: int, what: str, held_out: Sequence[int] = ()) -> None:
+    """Raise a sentence unless `tokens` are enough for `what`, which takes `needed` of them."""
+    if len(tokens) >= needed:
+        return
+    amount = f"{len(tokens):,} tokens" if len(tokens) else "no text"
+    beside = f" beside {len(held_out):,} that are held out" if len(held_out) else ""
+    raise ConversionError(
+        f"The data {source!r} holds {amount}{beside}, but {what} of this context takes {needed:,}: give more text, or "
+        "a smaller context."
+    )
+
+
 def split(tokens: np.ndarray, context: int, share: float) -> tuple[np.ndarray, np.ndarray]:
-    """The last `share` of the blocks, at least one of them, is held out."""
+    """The last `share` of two or more blocks, at least one of them, is held out."""
     blocks = num_blocks(tokens, context)
-    kept = max(1, round(blocks * share)) if blocks > 1 else 0
+    kept = max(1, round(blocks * share))
     # One token belongs to both parts: it is the last that the first part predicts and the first that the other reads.
     border = (blocks - kept) * context
-    return tokens[: border + 1], tokens[border:] if kept else tokens[:0]
+    return tokens[: border + 1], tokens[border:]
 
 
 def encode(

@@ -159,22 +159,21 @@ class _Conversion:
             return student, {}
         accelerator = make_accelerator(self.device, self.dtype)
         run = Run(self.work, recipe.checkpoint_seconds, self.voice, accelerator, student, labels, identity)
+        self.work.log().rewind(labels, done)
         if done is not None:
-            self.work.log().rewind(labels, done.stage, done.step)
             self.voice.say(f"Continuing from the checkpoint {done.stage}-{done.step:06}.")
         behind = -1 if done is None else labels.index(done.stage)
         for number, (label, options) in enumerate(stages.items()):
             stage, steps = make_stage(options, teacher, student), recipe.steps_of(options)
-            context, batch_size = recipe.context_of(options), recipe.batch_size_of(options)
             if number < behind or number == behind and done.step >= steps:
                 run.trained |= stage.parameters
+                if number == behind:
+                    as_masters(run.trained)
+                    load_tensors(run.trained, done.tensors)
                 continue
-            if done is not None and number == behind + 1:
-                restore(run, done)
-            batches = Batches(corpus.train, context, batch_size, (recipe.seed, number))
+            size, context = recipe.batch_size_of(options), recipe.context_of(options)
+            batches = Batches(corpus.train, context, size, (recipe.seed, number))
             train_stage(run, label, stage, batches, steps, done if number == behind else None)
-        if done is not None and behind == len(labels) - 1:
-            restore(run, done)
         return student, {name: value.detach().cpu() for name, value in run.trained.items()}
 
     def _load_teacher(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
@@ -284,12 +283,6 @@ class _Conversion:
             "curves": curves(self.work.log().read()),
             "environment": environment(self.device) | {"dtype": precision},
         }
-
-
-def restore(run: Run, done: Checkpoint) -> None:
-    """Give the student what it had learnt at the end of a stage."""
-    as_masters(run.trained)
-    load_tensors(run.trained, done.tensors)
 
 
 def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:

@@ -1,0 +1,234 @@
+"""What the stages minimise and what they leave alone."""
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny_conversion import save_teacher, save_text, tiny_recipe, weights
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from hf_memory.conversion.recipe import AlignStage, DistillStage
+from hf_memory.conversion.run import convert
+from hf_memory.conversion.stages import (
+    Align,
+    Distill,
+    block_l2,
+    decoder_layers,
+    logit_kl,
+    only_these_train,
+    patterns,
+    record_layers,
+)
+from hf_memory.conversion.surgery import build_student, memory_parameters
+from hf_memory.conversion.training import as_masters, learning_rate, make_optimizer
+from hf_memory.evaluation.properties_tiny import random_model, tiny_config
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 64}
+    return random_model(tiny_config("llama", **sizes)).requires_grad_(False)
+
+
+@pytest.fixture
+def student(teacher):
+    return build_student(teacher, layers=[0, 2], memory_options={"chunk_size": 4}).requires_grad_(True)
+
+
+@pytest.fixture
+def blocks() -> torch.Tensor:
+    return torch.randint(64, (2, 13))
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    def missing(*args):
+        raise ImportError
+
+    monkeypatch.setattr("hf_memory.conversion.report.plot", missing)
+
+
+def train(stage, student, blocks: torch.Tensor, steps: int) -> list[float]:
+    as_masters(stage.parameters)
+    stage.prepare()
+    optimizer, losses = make_optimizer(stage), []
+    with only_these_train(student, stage.parameters):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss, _ = stage.loss(blocks)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    return losses
+
+
+def test_block_l2_by_hand():
+    given, expected, read = torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)
+    given[0, 0] = torch.tensor([3.0, 4.0])  # an error of 5, 0 and 0
+    expected[0, 1:] = given[0, 1:] = torch.tensor([0.0, 2.0])  # updates of 0, 2 and 2
+    assert block_l2(given, expected, read).item() == pytest.approx((5 / 3) / (4 / 3))
+    valid = torch.tensor([[True, True, False]])
+    assert block_l2(given, expected, read, valid).item() == pytest.approx(5 / 2)
+
+
+def test_a_block_that_does_nothing_has_loss_one():
+    read, expected = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    assert block_l2(read, expected, read).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_logit_kl_is_the_divergence_from_the_teacher(temperature):
+    given, expected = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
+    p, q = (expected / temperature).softmax(-1), (given / temperature).softmax(-1)
+    by_token = temperature**2 * (p * (p / q).log()).sum(-1)
+    assert logit_kl(given, expected, temperature).item() == pytest.approx(by_token.mean().item(), rel=1e-5)
+    valid = torch.rand(2, 5) > 0.4
+    assert logit_kl(given, expected, temperature, valid).item() == pytest.approx(
+        by_token[valid].mean().item(), rel=1e-5
+    )
+    assert logit_kl(expected, expected, temperature).item() == 0
+
+
+def test_recorded_layers_are_those_of_the_forward_pass(teacher, blocks):
+    hidden = teacher(input_ids=blocks, output_hidden_states=True).hidden_states
+    hooks = [len(layer._forward_hooks) for layer in decoder_layers(teacher)]
+    calls = record_layers(teacher, blocks, [0, 1])
+    for index in (0, 1):
+        args, kwargs, output = calls[index]
+        assert torch.equal(args[0], hidden[index]) and torch.equal(output, hidden[index + 1])
+        assert torch.equal(decoder_layers(teacher)[index](*args, **kwargs), output)
+    assert [len(layer._forward_hooks) for layer in decoder_layers(teacher)] == hooks
+
+
+def test_align_compares_every_block_on_the_teachers_own_input(teacher, student, blocks):
+    stage = Align(AlignStage(), teacher, student)
+    total, figures = stage.loss(blocks)
+    hidden = teacher(input_ids=blocks[:, :-1], output_hidden_states=True).hidden_states
+    layer, context = decoder_layers(student)[0], torch.arange(12)[None]
+    given = layer(hidden[0], position_embeddings=teacher.model.rotary_emb(hidden[0], context))
+    assert figures["layer 0"] == pytest.approx(block_l2(given, hidden[1], hidden[0]).item(), rel=1e-5)
+    assert total.item() == pytest.approx(figures["layer 0"] + figures["layer 2"], rel=1e-5)
+
+
+def test_align_treats_layers_independently(teacher, student, blocks):
+    stage = Align(AlignStage(), teacher, student)
+    _, before = stage.loss(blocks)
+    with torch.no_grad():
+        decoder_layers(student)[0].self_attn.memory.o_proj.weight.mul_(3)
+    _, after = stage.loss(blocks)
+    assert after["layer 2"] == before["layer 2"] and after["layer 0"] != before["layer 0"]
+
+
+def test_retrofit_starts_at_loss_zero_inside_the_window(teacher, blocks):
+    student = build_student(teacher, layers=[0, 1], mode="retrofit", window=16)
+    loss, _ = Align(AlignStage(), teacher, student).loss(blocks)
+    assert loss.item() < 1e-5
+    divergence, _ = Distill(DistillStage(), teacher, student).loss(blocks)
+    assert divergence.item() < 1e-6
+
+
+def test_align_learns_and_leaves_the_teachers_tensors_alone(teacher, student, blocks):
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    own = set(memory_parameters(student))
+    losses = train(Align(AlignStage(lr=3e-3), teacher, student), student, blocks, 25)
+    assert losses[-1] < 0.8 * losses[0]
+    after = student.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in own)
+    assert all(parameter.grad is None for name, parameter in student.named_parameters() if name not in own)
+    theirs = teacher.state_dict()
+    assert all(torch.equal(theirs[name], value) for name, value in after.items() if name not in own)
+
+
+@pytest.mark.parametrize("trainable", ["memory", "all"])
+def test_distill_learns_what_it_says(teacher, student, blocks, trainable):
+    before, theirs = copy.deepcopy(student.state_dict()), copy.deepcopy(teacher.state_dict())
+    own = set(memory_parameters(student))
+    stage = Distill(DistillStage(lr=3e-3, temperature=2.0, trainable=trainable), teacher, student)
+    losses = train(stage, student, blocks, 15)
+    assert losses[-1] < 0.8 * losses[0]
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(before[name], value)}
+    assert changed <= own if trainable == "memory" else changed > own
+    assert all(torch.equal(value, theirs[name]) for name, value in teacher.state_dict().items())
+
+
+def test_distill_weighs_divergence_and_cross_entropy(teacher, student, blocks):
+    options = DistillStage(temperature=2.0, kl_weight=0.5, ce_weight=0.25)
+    total, figures = Distill(options, teacher, student).loss(blocks)
+    given, expected = student(blocks[:, :-1]).logits, teacher(blocks[:, :-1]).logits
+    cross_entropy = functional.cross_entropy(given.flatten(0, 1), blocks[:, 1:].flatten())
+    assert figures["kl"] == pytest.approx(logit_kl(given, expected, 2.0).item(), rel=1e-5)
+    assert figures["ce"] == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert total.item() == pytest.approx(0.5 * figures["kl"] + 0.25 * figures["ce"], rel=1e-5)
+
+
+def test_what_the_teacher_has_may_learn_more_slowly(teacher, student):
+    stage = Distill(DistillStage(lr=1e-2, kept_lr=1e-3, weight_decay=0.1, trainable="all"), teacher, student)
+    groups = make_optimizer(stage).param_groups
+    by_parameter = {id(p): (group["peak"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert by_parameter[id(student.model.norm.weight)] == (1e-3, 0.0)
+    assert by_parameter[id(student.lm_head.weight)] == (1e-3, 0.1)
+    memory = decoder_layers(student)[0].self_attn.memory
+    assert by_parameter[id(memory.q_proj.weight)] == (1e-2, 0.1)
+    assert by_parameter[id(memory.q_proj.bias)] == (1e-2, 0.0)
+    assert len(by_parameter) == len(list(student.parameters()))
+
+
+def test_learning_rate_rises_and_falls():
+    options = AlignStage(warmup=0.2, floor=0.1)
+    rates = [learning_rate(options, 2.0, step, 20) for step in range(20)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == 2.0 and rates == rates[:4] + sorted(rates[4:], reverse=True)
+    assert rates[12] == pytest.approx(2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 2))))
+    assert rates[-1] > 0.2 == pytest.approx(learning_rate(options, 2.0, 20, 20))
+
+
+def test_names_are_shown_by_pattern(student):
+    lines = patterns(dict(student.named_parameters()))
+    assert lines["model.layers.{0-2}.mlp.{gate_proj,up_proj,down_proj}"] == 3 * 3 * 32 * 48
+    assert lines["model.layers.{1}.self_attn.{q_proj,k_proj,v_proj,o_proj}"] == sum(
+        parameter.numel() for parameter in decoder_layers(student)[1].self_attn.parameters()
+    )
+    assert "model.layers.{0,2}.self_attn.memory.gates.{step_proj,decay_proj,momentum_proj}" in lines
+    assert sum(lines.values()) == student.num_parameters()
+
+
+def test_kept_tensors_are_those_of_the_checkpoint_bit_for_bit(tmp_path):
+    """Through a whole conversion and a load, of a teacher in bfloat16 that is computed with in float32."""
+    source = save_teacher(tmp_path / "teacher", torch.bfloat16)
+    text = save_text(tmp_path / "text.txt")
+    folder = convert(tiny_recipe(source, text, tmp_path / "out", stages="init,align", tokens=64))
+    theirs, ours = weights(source), weights(folder)
+    kept = set(ours) & set(theirs)
+    assert kept == {name for name in theirs if "layers.1.self_attn" not in name}
+    assert all(ours[name].dtype == torch.bfloat16 and torch.equal(ours[name], theirs[name]) for name in kept)
+    gates = [value for name, value in ours.items() if ".gates." in name or ".initial_memory." in name]
+    assert gates and all(value.dtype == torch.float32 for value in gates)
+    loaded = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(loaded[name], value) and loaded[name].dtype == value.dtype for name, value in ours.items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_save_dtype(tmp_path, dtype):
+    source = save_teacher(tmp_path / "teacher")
+    folder = convert(tiny_recipe(source, None, tmp_path / "out", stages="init", save_dtype=dtype))
+    wanted = getattr(torch, dtype)
+    for name, value in weights(folder).items():
+        assert value.dtype == (torch.float32 if ".gates." in name or ".initial_memory." in name else wanted)
+
+
+def test_bfloat16_trains_float32_masters(tmp_path):
+    source, text = save_teacher(tmp_path / "teacher"), save_text(tmp_path / "text.txt")
+    flags = {"dtype": "bfloat16", "tokens": 64, "set": ["distill.trainable=all", "distill.ce_weight=0.5"]}
+    folder = convert(tiny_recipe(source, text, tmp_path / "out", **flags))
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights(folder).values())
+
+
+def test_no_layer_replaced_and_everything_trained_continues_the_teacher(tmp_path):
+    source, text = save_teacher(tmp_path / "teacher"), save_text(tmp_path / "text.txt")
+    flags = {"layers": "none", "set": ["distill.trainable=all", "distill.kl_weight=0", "distill.ce_weight=1"]}
+    folder = convert(tiny_recipe(source, text, tmp_path / "out", **flags))
+    theirs, ours = weights(source), weights(folder)
+    assert set(ours) == set(theirs) and not torch.equal(ours["lm_head.weight"], theirs["lm_head.weight"])
