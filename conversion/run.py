@@ -90,9 +90,8 @@ class _Conversion:
         self._check_surgery()
         tokenizer, corpus = self._text()
         self.work.claim(self.recipe)
-        student, trained = self._train(corpus)
-        final = self._final_model(student, trained)
-        del student
+        # Teacher and student of the training are gone by the time the model is built again.
+        final = self._final_model(self._train(corpus))
         try:
             self._assemble(final, tokenizer, corpus)
             return self.work.publish()
@@ -144,8 +143,8 @@ class _Conversion:
             corpus = load_corpus(self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"))
         return tokenizer, corpus
 
-    def _train(self, corpus: Corpus | None) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-        """The student behind all stages, and the weights that are no longer those of the start, on the CPU."""
+    def _train(self, corpus: Corpus | None) -> dict[str, torch.Tensor]:
+        """The weights that are no longer those of the start behind all stages, by name, on the CPU."""
         recipe, stages = self.recipe, self.recipe.training_stages
         labels = list(stages)
         done = self.work.latest(labels)
@@ -156,7 +155,7 @@ class _Conversion:
         student = self._student_of(teacher).requires_grad_(True)
         self._say_plan(student, corpus)
         if not stages:
-            return student, {}
+            return {}
         accelerator = make_accelerator(self.device, self.dtype)
         run = Run(self.work, recipe.checkpoint_seconds, self.voice, accelerator, student, labels, identity)
         self.work.log().rewind(labels, done)
@@ -174,7 +173,7 @@ class _Conversion:
             size, context = recipe.batch_size_of(options), recipe.context_of(options)
             batches = Batches(corpus.train, context, size, (recipe.seed, number))
             train_stage(run, label, stage, batches, steps, done if number == behind else None)
-        return student, {name: value.detach().cpu() for name, value in run.trained.items()}
+        return {name: value.detach().cpu() for name, value in run.trained.items()}
 
     def _load_teacher(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
         self.voice.say(f"Loading {self.recipe.teacher}")
@@ -213,7 +212,7 @@ class _Conversion:
         precision = str(self.dtype).removeprefix("torch.")
         say(f"On {self.device} in {precision}; unfinished work lies in {self.work.path}")
 
-    def _final_model(self, student: PreTrainedModel, trained: dict[str, torch.Tensor]) -> PreTrainedModel:
+    def _final_model(self, trained: dict[str, torch.Tensor]) -> PreTrainedModel:
         """The teacher's tensors as they are stored, with the surgery done again and the trained weights on top."""
         final = self._student_of(self._load_teacher("auto", "cpu"))
         with torch.no_grad():
