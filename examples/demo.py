@@ -32,9 +32,10 @@ import torch
 import typer
 from rich.console import Console
 from stdlib_text import source_files
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from hf_memory.conversion.card import write_card
 from hf_memory.conversion.data import bytes_per_token, load_corpus
 from hf_memory.conversion.evaluate import SPEED_CONTEXTS, paired_difference
 from hf_memory.conversion.recipe import ConversionError, DistillStage, InitStage, Recipe, read_recipe
@@ -51,8 +52,8 @@ FOLDERS = {STUDENT: "student", OFF: "memory_off", CONTINUED: "continued"}
 
 CONTINUED_LR = 1e-4
 """Of the teacher that is trained on: low, since it has been trained to the end already."""
-CONTROL_BLOCKS = 2
-"""Held-out blocks on which the controls are measured by themselves; the comparison reads all of them."""
+FIRST_LOOK = 2
+"""Held-out blocks that each conversion is measured on by itself; the comparison of all reads those of the recipe."""
 SPARE_TEXT = 1.5
 """Bytes of the library that are put aside for every token that is trained on."""
 PROMPT_CHARACTERS, NEW_TOKENS = 600, 240
@@ -106,6 +107,7 @@ def library_text(folder: Path, tokens: int, seed: int) -> tuple[Path, Path]:
 
 def recipes(student: Recipe) -> dict[str, Recipe]:
     """The recipe of the student and those of the controls, which read as many tokens."""
+    student = replace(student, held_out_blocks=FIRST_LOOK)
     folder = Path(student.output).parent
     tokens = sum(stage.tokens for stage in student.training_stages.values())
     train_on = DistillStage(tokens=tokens, lr=CONTINUED_LR, trainable="all", kl_weight=0, ce_weight=1)
@@ -115,7 +117,6 @@ def recipes(student: Recipe) -> dict[str, Recipe]:
             student,
             output=str(folder / FOLDERS[OFF]),
             memory_options=student.memory_options | {"theta_max": 0},
-            held_out_blocks=CONTROL_BLOCKS,
         ),
         # A hybrid without a converted layer is the teacher.
         CONTINUED: replace(
@@ -124,7 +125,6 @@ def recipes(student: Recipe) -> dict[str, Recipe]:
             layers=[],
             memory_options={},
             stages=[InitStage(), train_on],
-            held_out_blocks=CONTROL_BLOCKS,
         ),
     }
 
@@ -248,6 +248,8 @@ class Demo:
         self.console.print("In a fresh Python that has not imported hf_memory, through transformers.pipeline().")
         written = continue_file(Path(self.recipe.output), prompt)
         report["continuation"] = {"prompt": prompt, "text": written}
+        self._describe_student(report)
+        # Last of all: from here on the demo counts as finished.
         files = write_report(report, self.output, self.console)
         self.show(report)
         minutes = (time.monotonic() - began) / 60
@@ -272,6 +274,14 @@ class Demo:
 
     def _part(self, title: str, began: float) -> None:
         self.console.rule(f"[bold]{title}[/] ({time.monotonic() - began:.0f} s so far)", align="left")
+
+    def _describe_student(self, report: dict[str, Any]) -> None:
+        """The comparison in the student's own folder, in the place of the first look."""
+        folder, recipe = Path(self.recipe.output), self.recipe.to_dict()
+        write_report(report, folder, self.console)
+        write_card(
+            folder, config=AutoConfig.from_pretrained(folder), teacher=recipe["teacher"], recipe=recipe, report=report
+        )
 
     def _measure(self, folders: dict[str, Path]) -> tuple[dict[str, Any], str]:
         recipe = self.recipe

@@ -92,6 +92,12 @@ def test_report_has_all_models_and_stages(arguments: dict):
     assert "bits than its teacher" in text and "with its memory off" in text
 
 
+def test_the_card_of_the_student_shows_the_comparison(arguments: dict):
+    card = (arguments["output"] / "student" / "README.md").read_text()
+    assert "| | teacher | student | student, memory off | teacher, continued |" in card
+    assert str(arguments["output"].parent) not in card
+
+
 def test_the_control_differs_in_its_step_size_alone(arguments: dict):
     student, control = (AutoConfig.from_pretrained(arguments["output"] / name) for name in ("student", "memory_off"))
     assert control.memory == student.memory | {"theta_max": 0}
