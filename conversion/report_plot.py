@@ -63,7 +63,9 @@ def _losses(axes: Axes, stage: str, curves: list[dict[str, Any]], styles: dict[s
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     for curve in curves:
-        axes.plot(curve["tokens"], curve["loss"], label=curve["run"], linewidth=1.2, **styles[curve["run"]])
+        # A line through a single point would not be seen.
+        marker = "." if len(curve["tokens"]) == 1 else None
+        axes.plot(curve["tokens"], curve["loss"], label=curve["run"], marker=marker, **styles[curve["run"]])
     axes.set(title=f"stage {stage}", xlabel="tokens read", ylabel=textwrap.fill(curves[0].get("unit", "loss"), 36))
     if all(loss > 0 for curve in curves for loss in curve["loss"]):
         lowest, highest = (f(loss for curve in curves for loss in curve["loss"]) for f in (min, max))
