@@ -24,19 +24,19 @@ _PEFT_LORA_TABLE = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 def register_architectures() -> None:
     """Make every row of `ARCHITECTURES` known to the Auto classes and to peft's LoRA defaults."""
     for model_type, architecture in ARCHITECTURES.items():
-        _announce_to_docstrings(architecture)
+        _announce_to_docstrings(architecture.folder, architecture.config)
         _register_with_auto_classes(model_type, architecture)
     _register_hybrid()
     _register_with_peft()
 
 
-def _announce_to_docstrings(architecture: Architecture) -> None:
+def _announce_to_docstrings(folder: str, config: str) -> None:
     # `@auto_docstring` prints an error for each class below a folder named `models` whose model type it does not know.
     try:
         from transformers.utils.auto_docstring import HARDCODED_CONFIG_FOR_MODELS
     except ImportError:
         return
-    HARDCODED_CONFIG_FOR_MODELS.setdefault(architecture.folder.replace("_", "-"), architecture.config)
+    HARDCODED_CONFIG_FOR_MODELS.setdefault(folder.replace("_", "-"), config)
 
 
 def _register_with_auto_classes(model_type: str, architecture: Architecture) -> None:
@@ -57,7 +57,8 @@ def _register_with_auto_classes(model_type: str, architecture: Architecture) -> 
 
 
 def _register_hybrid() -> None:
-    # Its classes are made when a teacher is known, and only the Auto classes of language models can name them.
+    # Its classes are made when a teacher is known, so that it is no row of the table.
+    _announce_to_docstrings("hybrid", "MemoryHybridConfig")
     from hf_memory.models.hybrid.configuration_hybrid import MemoryHybridConfig
     from hf_memory.models.hybrid.modeling_hybrid import MemoryHybridForCausalLM, MemoryHybridModel
 

@@ -1,6 +1,11 @@
 """Modules that several architectures share."""
 
-from hf_memory.layers.attention import SlidingWindowAttention, create_window_mask, window_mask
+from hf_memory.layers.attention import (
+    SlidingWindowAttention,
+    create_window_mask,
+    takes_additive_mask,
+    window_mask,
+)
 from hf_memory.layers.gates import GateProjection, MemoryGates
 from hf_memory.layers.initial_memory import InitialMemory
 from hf_memory.layers.norms import MemoryRMSNorm, l2_normalize
@@ -19,6 +24,7 @@ __all__ = [
     "ShortConvolution",
     "SlidingWindowAttention",
     "create_window_mask",
-    "window_mask",
     "l2_normalize",
+    "takes_additive_mask",
+    "window_mask",
 ]

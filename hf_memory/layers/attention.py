@@ -154,11 +154,16 @@ def create_window_mask(
         inputs_embeds,
         config.sliding_window,
         config.num_persistent_tokens,
-        config._attn_implementation == "eager",
+        takes_additive_mask(config),
         layer,
         padding_mask,
         sequence_ids,
     )
+
+
+def takes_additive_mask(config: PreTrainedConfig) -> bool:
+    """Whether the attention implementation adds its mask to the scores instead of selecting by it."""
+    return config._attn_implementation == "eager"
 
 
 def window_mask(

@@ -19,6 +19,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import auto_docstring
 
 from hf_memory.configuration import (
     MEMORY,
@@ -31,14 +32,17 @@ from hf_memory.configuration import (
 from hf_memory.models import ARCHITECTURES
 
 
-@strict
-class MemoryHybridConfig(PreTrainedConfig):
-    r"""
+@auto_docstring(
+    custom_intro="""
     Configuration of a hybrid: all fields of its teacher, by their own names, and the following.
 
     `MemoryHybridConfig(base_model_type="llama", ...)` returns an instance of a class that derives from both this one
     and the teacher's configuration, so that everything which knows the teacher knows the hybrid.
-
+    """
+)
+@strict
+class MemoryHybridConfig(PreTrainedConfig):
+    r"""
     base_model_type (`str`, *optional*, defaults to `"llama"`):
         `model_type` of the teacher.
     memory_layers (`list[int]`, *optional*):

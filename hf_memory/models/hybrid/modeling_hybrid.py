@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 
 from hf_memory.cache import MemoryCache, memory_layer
 from hf_memory.configuration import MEMORY
-from hf_memory.layers import MemoryRMSNorm, window_mask
+from hf_memory.layers import MemoryRMSNorm, takes_additive_mask, window_mask
 from hf_memory.modeling import MemoryGenerationMixin, find_packing, find_padding, has_read, packed_sequence_ids
 from hf_memory.models import ARCHITECTURES
 
@@ -77,8 +77,8 @@ class MemorySlotMixin:
         memory_config = config.make_memory_config()
         super().__init__(memory_config)
         self.memory = mixer_class(memory_config)(memory_config, layer_idx)
-        # CODEPATH: "retrofit" adds the memory to an attention that is still there, and starts by adding nothing.
         self.scale = None
+        # CODEPATH: "retrofit" adds the memory to an attention that is still there, and starts by adding nothing.
         if config.memory_mode == "retrofit":
             self.norm = MemoryRMSNorm(config.hidden_size, memory_config.rms_norm_eps)
             self.scale = nn.Parameter(torch.zeros(config.hidden_size))
@@ -208,6 +208,7 @@ class MemoryHybridModel(TeacherDispatchMixin):
     ):
         """Arguments and outputs of the teacher's body."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds
+        # CODEPATH: a conversion of no layer at all runs the teacher's own code.
         if self.config.memory_layers and tokens is not None:
             use_cache = self.config.use_cache if use_cache is None else use_cache
             cu_seqlens = None
@@ -266,12 +267,13 @@ def make_memory_inputs(
 ) -> MemoryInputs:
     """`MemoryHybridModel.memory_inputs` without the model; `dtype` is that of its hidden states."""
     mask = None
+    # CODEPATH: "replace" leaves no attention that would need a mask.
     if config.memory_mode == "retrofit" and config.memory_layers:
         shape = torch.empty(*tokens.shape[:2], 0, dtype=dtype, device=tokens.device)
         sequence_ids = None if cu_seqlens is None else packed_sequence_ids(cu_seqlens, tokens.shape[1])
         # All layers have read the same tokens.
         layer = memory_layer(past_key_values, config.memory_layers[0])
-        eager = config._attn_implementation == "eager"
+        eager = takes_additive_mask(config)
         mask = window_mask(shape, config.memory_window, 0, eager, layer, padding_mask, sequence_ids)
     return MemoryInputs(padding_mask, mask, cu_seqlens)
 
@@ -305,6 +307,7 @@ class MemoryHybridForCausalLM(TeacherDispatchMixin):
     ) -> dict:
         """Masks for a compiled forward pass, made outside of it."""
         masks = create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        # CODEPATH: a conversion of no layer at all runs the teacher's own code.
         if not config.memory_layers:
             return masks
         padding_mask = find_padding(attention_mask, inputs_embeds, has_read(past_key_values))
