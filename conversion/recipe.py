@@ -133,7 +133,7 @@ class DistillStage(TrainingStage):
 
 
 STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (InitStage, AlignStage, DistillStage)}
-LAYER_WORDS = ("all", "odd", "even", "none")
+LAYER_WORDS = ("all", "odd", "even", "lower", "none")
 
 
 def default_stages() -> list[Stage]:
@@ -158,8 +158,8 @@ class Recipe:
     memory_options: dict = option({}, "a mapping from fields of the memory's config to values")
     layers: str | list[int] = option(
         "odd",
-        "a list of layer numbers, all, odd, even or none",
-        help='Layers to convert: "1,3,5", all, odd, even, none.',
+        "a list of layer numbers, all, odd, even, lower or none",
+        help='Layers to convert: "1,3,5", all, odd, even, lower (the first half), none.',
     )
     mode: str = one_of(
         "replace", ("replace", "retrofit"), '"replace" attention, or "retrofit" a memory beside a window of attention.'
@@ -253,8 +253,14 @@ class Recipe:
         Raises:
             ConversionError: A layer that the teacher does not have.
         """
-        chosen = {"all": slice(0, None), "odd": slice(1, None, 2), "even": slice(0, None, 2), "none": slice(0, 0)}
         if isinstance(self.layers, str):
+            chosen = {
+                "all": slice(0, None),
+                "odd": slice(1, None, 2),
+                "even": slice(0, None, 2),
+                "lower": slice(0, num_layers // 2),
+                "none": slice(0, 0),
+            }
             return list(range(num_layers))[chosen[self.layers]]
         for layer in self.layers:
             if not 0 <= layer < num_layers:

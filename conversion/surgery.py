@@ -22,6 +22,9 @@ __all__ = ["build_student", "decoder_layers", "memory_parameters", "memory_slots
 DEFAULT_WINDOW = 512
 # silu(x) = 1: the output gate of a memory starts open.
 OPEN_GATE = 1.278464542761
+# Attention forgets nothing: a matrix memory in its place starts by forgetting 0.1 % per token, and writes with half of
+# its largest step. A deep memory keeps its own start, which is what its conditioning allows.
+SLOW_FORGETTING, HALF_STEP = -7.0, 0.0
 Projections = dict[str, tuple[Tensor, Tensor | None]]
 
 
@@ -40,7 +43,8 @@ def build_student(
     Everything that is not a memory is a copy, bit for bit. Memories take over the projections of the attention in
     whose place, or beside which, they stand: heads that share keys and values get copies of them, and the scales of
     norms on queries and keys become part of the projections. What attention has no counterpart for starts neutral:
-    convolutions as the identity, output gates open, and with `mode="retrofit"` the whole memory adds nothing.
+    convolutions as the identity, output gates open, matrix memories that forget little, and with `mode="retrofit"` the
+    whole memory adds nothing.
 
     Args:
         teacher: causal language model of transformers.
@@ -200,6 +204,11 @@ def inherit(memory: nn.Module, projections: Projections) -> None:
     if getattr(memory, "conv", None) is not None:
         memory.conv.weight.zero_()
         memory.conv.weight[:, -1] = 1
+    gates = getattr(memory, "gates", None)
+    if gates is not None and len(memory.initial_memory.weights) == 1:
+        if gates.decay_proj is not None:
+            gates.decay_proj.bias.fill_(SLOW_FORGETTING)
+        gates.step_proj.bias.fill_(HALF_STEP)
     if getattr(memory, "g_proj", None) is not None and memory.g_proj.bias is not None:
         memory.g_proj.weight.zero_()
         memory.g_proj.bias.fill_(OPEN_GATE)

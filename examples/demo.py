@@ -58,6 +58,8 @@ SPARE_TEXT = 1.5
 """Bytes of the library that are put aside for every token that is trained on."""
 PROMPT_CHARACTERS, NEW_TOKENS = 600, 240
 
+PLACES = {"replace": "in the place of attention", "retrofit": "beside attention that sees the last {} tokens only"}
+
 PLAN, TEXT = "plan.json", "text"
 """What is in the output before the first model is."""
 
@@ -223,8 +225,8 @@ class Demo:
         say = self.console.print
         say(f"Teacher: {self.recipe.teacher}. Text: {text}.", markup=False)
         say(
-            f"1. {self.recipe.memory.capitalize()} memory in the place of attention in some of its layers "
-            f"({self.recipe.layers}), trained on {self.tokens:,} tokens to do what the teacher does."
+            f"1. {self.recipe.memory.capitalize()} memory {PLACES[self.recipe.mode].format(self.recipe.window)} "
+            f"(layers: {self.recipe.layers}), trained on {self.tokens:,} tokens to do what the teacher does."
         )
         say("2. A control: the same with its memory switched off (inner step size 0).")
         say("3. A control: the teacher itself, trained on as many tokens of the same text.")

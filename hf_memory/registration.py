@@ -83,7 +83,7 @@ def _register_with_peft() -> None:
 
 def _add_lora_defaults(constants: ModuleType) -> None:
     table = getattr(constants, _PEFT_LORA_TABLE, {})
-    for model_type in ARCHITECTURES:
+    for model_type in (*ARCHITECTURES, "memory_hybrid"):
         table[model_type] = list(LORA_TARGET_MODULES)
 
 

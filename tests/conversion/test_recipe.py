@@ -66,7 +66,15 @@ def test_a_stage_may_come_twice_with_labels_of_its_own(tmp_path):
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
-    [("all", [0, 1, 2, 3, 4]), ("odd", [1, 3]), ("even", [0, 2, 4]), ("none", []), ("", []), ("3,1", [1, 3])],
+    [
+        ("all", [0, 1, 2, 3, 4]),
+        ("odd", [1, 3]),
+        ("even", [0, 2, 4]),
+        ("lower", [0, 1]),
+        ("none", []),
+        ("", []),
+        ("3,1", [1, 3]),
+    ],
 )
 def test_layers_in_words_and_numbers(layers, expected):
     assert read_recipe(flags=NEEDED | {"layers": layers}).layer_numbers(5) == expected
@@ -92,8 +100,11 @@ def test_a_layer_beyond_the_teacher_is_refused():
         ("seed: -1", "`seed` must be a whole number from 0 to 2**32 - 1, got -1."),
         ("mode: swap", "`mode` must be one of replace, retrofit, got 'swap'."),
         ("layers: [1, 1]", "`layers` names a layer twice: [1, 1]."),
-        ("layers: [one]", "`layers` must be a list of layer numbers, all, odd, even or none, got ['one']."),
-        ("layers: some", "`layers` must be layer numbers such as 1,3,5, or one of all, odd, even, none, got 'some'."),
+        ("layers: [one]", "`layers` must be a list of layer numbers, all, odd, even, lower or none, got ['one']."),
+        (
+            "layers: some",
+            "`layers` must be layer numbers such as 1,3,5, or one of all, odd, even, lower, none, got 'some'.",
+        ),
         ("held_out: 1.5", "`held_out` must be a share between 0 and 1, or a file or folder, got 1.5."),
         ("window: 8", "`window` (8) belongs to mode retrofit"),
         ("dtype: int8", "`dtype` must be one of auto, float32, bfloat16, got 'int8'."),

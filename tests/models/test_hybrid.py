@@ -298,3 +298,19 @@ def test_attention_implementations_agree(llama):
         expected = logits(student)
         student.set_attn_implementation("eager")
         torch.testing.assert_close(logits(student), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_finds_its_targets(llama):
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(convert(llama, [1]), LoraConfig(task_type="CAUSAL_LM"))
+    names = {name for name, value in adapted.named_parameters() if value.requires_grad}
+    for part in ("layers.0.self_attn.q_proj", "layers.1.self_attn.memory.q_proj"):
+        assert any(part in name for name in names)
+
+
+def test_a_matrix_memory_starts_by_forgetting_little(llama):
+    matrix = build_student(llama, layers=[1], memory_options={"memory_depth": 1, "chunk_size": 1})
+    gates = memory_slots(matrix)[1].memory.gates(torch.zeros(1, 1, 64))
+    assert (1 - gates.log_decay.exp()).max() < 2e-3
+    assert torch.allclose(gates.step, torch.full_like(gates.step, 0.5))

@@ -36,7 +36,7 @@ def _titans_fields() -> dict[str, dict]:
 
 
 def _hybrids() -> dict[str, PreTrainedConfig]:
-    # Windows of transformers count slots, so that padding narrows them: wide enough where a layer of the teacher stays.
+    # Windows of transformers count slots, so that padding narrows them: wide enough where the teacher keeps a layer.
     wide, mixed = {"sliding_window": 512}, {"layer_types": ["sliding_attention", "full_attention"]}
     return {
         "llama-replace": hybrid("llama", [1]),

@@ -28,7 +28,7 @@ from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausal
 
 from hf_memory.cache import MemoryCache, memory_layer
 from hf_memory.configuration import MEMORY
-from hf_memory.layers import MemoryRMSNorm, takes_additive_mask, window_mask
+from hf_memory.layers import takes_additive_mask, window_mask
 from hf_memory.modeling import MemoryGenerationMixin, find_packing, find_padding, has_read, packed_sequence_ids
 from hf_memory.models import ARCHITECTURES
 
@@ -80,7 +80,6 @@ class MemorySlotMixin:
         self.scale = None
         # CODEPATH: "retrofit" adds the memory to an attention that is still there, and starts by adding nothing.
         if config.memory_mode == "retrofit":
-            self.norm = MemoryRMSNorm(config.hidden_size, memory_config.rms_norm_eps)
             self.scale = nn.Parameter(torch.zeros(config.hidden_size))
         self.post_init()
 
@@ -105,7 +104,7 @@ class MemorySlotMixin:
         output = self.memory(
             hidden_states, padding_mask=known.padding_mask, cu_seqlens=known.cu_seqlens, past_key_values=cache
         )
-        return (output if self.scale is None else self.scale * self.norm(output)), None
+        return (output if self.scale is None else self.scale * output), None
 
 
 class RetrofitAttentionMixin:
