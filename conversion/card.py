@@ -21,7 +21,7 @@ _INHERITED = ("license", "license_name", "license_link", "language")
 _PATHS = ("teacher", "data", "held_out")
 _STAGES = {
     "align": "each converted block learns to give the teacher's output for the teacher's own input.",
-    "distill": "the whole model learns the teacher's distribution of the next token.",
+    "distill": "the model learns the teacher's distribution of the next token.",
 }
 
 
@@ -155,10 +155,13 @@ def _summary(teacher: str, is_hub: bool, config: Any) -> str:
     memory = f"a {_memory_name(config)} memory"
     where = f"{listed('layer', layers)} of {count} (counted from 0)"
     if config.memory_mode == "replace":
-        return f"{named} with {memory} in place of the self-attention of {where}. Everything else is the teacher's."
+        return (
+            f"{named} with {memory} in place of the self-attention of {where}. Everything else is built as in the "
+            "teacher."
+        )
     return (
         f"{named} with {memory} beside the self-attention of {where}, which sees {config.memory_window:,} tokens "
-        "only. Everything else is the teacher's."
+        "only. Everything else is built as in the teacher."
     )
 
 
@@ -168,6 +171,8 @@ def _history(recipe: Mapping[str, Any] | None, report: Report) -> str:
         if description := _STAGES.get(stage.get("name")):
             budget = f" ({stage['tokens']:,} tokens, learning rate {stage['lr']:g})" if stage.get("tokens") else ""
             sentences.append(f"Stage `{stage['name']}`{budget}: {description}")
+            if stage.get("trainable") == "all":
+                sentences.append("All weights were trained in it, the teacher's too.")
     if text := report.get("text"):
         sentences.append(f"Measured on {text}.")
     return " ".join(sentences)

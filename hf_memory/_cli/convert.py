@@ -77,10 +77,14 @@ def run(given: dict[str, Any]) -> None:
         typer.echo(recipe.to_yaml(), nl=False)
         return
 
+    from huggingface_hub.utils import logging as hub_logging
+
     from hf_memory.conversion.report import rich_table
     from hf_memory.conversion.run import convert, read_report
     from hf_memory.evaluation.properties_subject import quiet
 
+    # What the Hub's client would warn of, such as a network that is not there, ends in a sentence of ours.
+    hub_logging.set_verbosity_error()
     with quiet():
         folder = convert(recipe, restart=own["restart"])
     report = read_report(folder)
