@@ -255,13 +255,6 @@ def decode_speeds(
     return speeds
 
 
-def readable_size(count: int) -> str:
-    """Bytes in the largest binary unit that keeps them above one."""
-    units = ("B", "KiB", "MiB", "GiB", "TiB")
-    power = min(max(count.bit_length() - 1, 0) // 10, len(units) - 1)
-    return f"{count / 1024**power:.1f} {units[power]}" if power else f"{count} B"
-
-
 class _Scores:
     """What every token of the blocks was worth to one model, by position."""
 

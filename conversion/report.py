@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from hf_memory._cli.state_size import readable_size
 from hf_memory.conversion.evaluate import (
     CACHE_CONTEXTS,
     SPEED_CONTEXTS,
@@ -39,7 +40,6 @@ from hf_memory.conversion.evaluate import (
     cache_growth,
     decode_speeds,
     evaluate_models,
-    readable_size,
 )
 from hf_memory.conversion.report_plot import plot
 

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_memory.conversion.evaluate import readable_size
+from hf_memory._cli.state_size import readable_size
 
 
 if TYPE_CHECKING:

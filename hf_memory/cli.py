@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_memory._cli import convert as conversion
+from hf_memory._cli.state_size import readable_size
 
 
 # torch and transformers take seconds to import: only inside the commands.
@@ -262,7 +263,7 @@ def _summary_table(config: PreTrainedConfig, summary: dict[str, Any]) -> Table:
     table = Table("", "", title=f"{summary['class']} ({summary['model_type']})", show_header=False)
     table.add_row("parameters", f"{summary['parameters']:,}")
     table.add_row("of these embeddings", f"{summary['embedding_parameters']:,}")
-    table.add_row("size", f"{_size(summary['parameter_bytes'])} in {summary['dtype']}")
+    table.add_row("size", f"{readable_size(summary['parameter_bytes'])} in {summary['dtype']}")
     table.add_section()
     for name, value in sorted(config.get_text_config(decoder=True).to_diff_dict().items()):
         if name not in ("architectures", "transformers_version", "model_type", "dtype"):
@@ -283,10 +284,10 @@ def _layer_table(states: list[LayerState]) -> Table:
         grows = f"{state.per_token:,} bytes a token" if state.per_token else "no"
         until = f", up to {state.window:,} tokens" if state.window is not None else ""
         places = f"{run[0]}" if len(run) == 1 else f"{run[0]} to {run[-1]}"
-        table.add_row(places, state.kind, f"{state.first:,}", _size(state.first), grows + until)
+        table.add_row(places, state.kind, f"{state.first:,}", readable_size(state.first), grows + until)
     total = sum(state.first for state in states)
     table.add_section()
-    table.add_row("all", "", f"{total:,}", _size(total), "")
+    table.add_row("all", "", f"{total:,}", readable_size(total), "")
     return table
 
 
@@ -297,17 +298,8 @@ def _growth_table(growth: dict[int, tuple[int, int]]) -> Table:
     for column in ("tokens", "state", "key/value cache", "state / cache"):
         table.add_column(column, justify="right")
     for tokens, (own, cache) in growth.items():
-        table.add_row(f"{tokens:,}", _size(own), _size(cache), f"{own / cache:.3g}")
+        table.add_row(f"{tokens:,}", readable_size(own), readable_size(cache), f"{own / cache:.3g}")
     return table
-
-
-def _size(count: int) -> str:
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def _shortened(value: Any) -> str:

@@ -1,6 +1,5 @@
 """Tells transformers and peft about our architectures. Runs once, from `import hf_memory`."""
 
-import importlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -46,14 +45,11 @@ def _register_with_auto_classes(model_type: str, architecture: Architecture) -> 
             model_type,
         )
     # The config comes first: `@auto_docstring` looks it up while the modeling module is imported.
-    config = getattr(importlib.import_module(architecture.configuration_module), architecture.config)
+    config = architecture.load("config")
     AutoConfig.register(model_type, config, exist_ok=True)
-    modeling = importlib.import_module(architecture.modeling_module)
-    AutoModel.register(config, getattr(modeling, architecture.base_model), exist_ok=True)
-    AutoModelForCausalLM.register(config, getattr(modeling, architecture.causal_lm), exist_ok=True)
-    AutoModelForSequenceClassification.register(
-        config, getattr(modeling, architecture.sequence_classification), exist_ok=True
-    )
+    AutoModel.register(config, architecture.load("base_model"), exist_ok=True)
+    AutoModelForCausalLM.register(config, architecture.load("causal_lm"), exist_ok=True)
+    AutoModelForSequenceClassification.register(config, architecture.load("sequence_classification"), exist_ok=True)
 
 
 def _register_hybrid() -> None:

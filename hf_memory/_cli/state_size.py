@@ -78,6 +78,13 @@ def kv_cache_bytes(config: PreTrainedConfig, dtype: Any, tokens: int) -> int:
     return 2 * config.num_hidden_layers * heads * width * tokens * dtype.itemsize
 
 
+def readable_size(count: int) -> str:
+    """Bytes in the largest binary unit that keeps them above one."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min(max(count.bit_length() - 1, 0) // 10, len(units) - 1)
+    return f"{count / 1024**power:.1f} {units[power]}" if power else f"{count} B"
+
+
 def _measure(config: PreTrainedConfig, dtype: Any) -> list[LayerState]:
     model = build_without_weights(config, dtype)
     try:

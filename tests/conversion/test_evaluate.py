@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from hf_memory._cli.state_size import readable_size
 from hf_memory.conversion import evaluate
 from hf_memory.conversion.evaluate import (
     cache_growth,
@@ -14,7 +15,6 @@ from hf_memory.conversion.evaluate import (
     evaluate_models,
     evaluate_pair,
     paired_difference,
-    readable_size,
 )
 from hf_memory.evaluation.properties_subject import cache_tensors
 from hf_memory.evaluation.properties_tiny import random_model, tiny_config
