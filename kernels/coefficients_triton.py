@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import differentiable_op, dot_precision, launch
+from .launch import differentiable_op, launch
 from .types import Gates
 
 
@@ -47,127 +47,146 @@ def tile_coefficients(gates: Gates, anchored: Tensor, tile: int) -> TileCoeffici
 
 
 @triton.jit
-def _segments(log_gate, t, s):
-    """exp(g_{s+1} + ... + g_t), zero above the diagonal: summed segment by segment, as differences lose digits."""
-    steps = tl.where(t[:, None] > s[None, :], log_gate[:, None], 0.0)
-    return tl.where(t[:, None] >= s[None, :], tl.exp(tl.cumsum(steps, axis=0)), 0.0)
-
-
-@triton.jit
-def _gates(step, log_decay, log_momentum, at, inside, HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr):
-    theta = tl.load(step + at, mask=inside, other=0.0)
-    decay = tl.zeros_like(theta)
-    momentum = tl.zeros_like(theta)
-    if HAS_DECAY:
-        decay = tl.load(log_decay + at, mask=inside, other=0.0)
-    if HAS_MOMENTUM:
-        momentum = tl.load(log_momentum + at, mask=inside, other=0.0)
-    return theta, decay, momentum
-
-
-@triton.jit
-def _place(anchored, num_tokens, num_tiles, H, G: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which gates a program reads, which of them are there, and the last row that enters the state."""
+def _place(anchored, num_tokens, num_tiles, H, G: tl.constexpr, TILE: tl.constexpr):
+    """Index of a program, its first gate, the distance to the next one, the tokens there, and the last that counts."""
     program = tl.program_id(0)
     tile, series = program % num_tiles, program // num_tiles
     row, head, gate_set = series // (H * G), (series // G) % H, series % G
-    t = tl.arange(0, BLOCK)
-    slot = tile * TILE + t
-    inside = (t < TILE) & (slot < num_tokens)
-    at = ((row.to(tl.int64) * num_tokens + slot) * H + head) * G + gate_set
-    end = tl.load(anchored + row) - tile * TILE
-    last = tl.minimum(end, TILE) - 1
-    return program.to(tl.int64), t, inside, at, last
+    start = tile * TILE
+    first = ((row.to(tl.int64) * num_tokens + start) * H + head) * G + gate_set
+    end = tl.load(anchored + row) - start
+    return program.to(tl.int64), first, H * G, tl.minimum(num_tokens - start, TILE), tl.minimum(end, TILE) - 1
+
+
+@triton.jit
+def _gate(log_gate, at, inside, PRESENT: tl.constexpr):
+    if PRESENT:
+        return tl.exp(tl.load(log_gate + at, mask=inside, other=0.0))
+    return 1.0
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def coefficients_kernel(
     step, log_decay, log_momentum, anchored, grad, rows, ends, num_tokens, num_tiles, H,
     G: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    program, t, inside, at, last = _place(anchored, num_tokens, num_tiles, H, G, TILE, BLOCK)
-    theta, decay, momentum = _gates(step, log_decay, log_momentum, at, inside, HAS_DECAY, HAS_MOMENTUM)
-    keeps = _segments(decay, t, t)
-    beta = tl.exp(tl.cumsum(decay, axis=0))
-    leaves = (t == last)[:, None]
-    if HAS_MOMENTUM:
-        carries = _segments(momentum, t, t)
-        m = tl.exp(tl.cumsum(momentum, axis=0))
-        weights = carries * theta[None, :]
-        g = tl.dot(keeps, weights, input_precision=PRECISION)
-        f = tl.sum(keeps * m[None, :], axis=1)
-        write_momentum = tl.sum(tl.where(leaves, weights, 0.0), axis=0)
-    else:
-        g = keeps * theta[None, :]
-        f = tl.zeros_like(beta)
-        m = f
-        write_momentum = f
-    s = t[None, :]
-    tl.store(grad + program * BLOCK * BLOCK + t[:, None] * BLOCK + s, g)
-    row = rows + program * 4 * BLOCK + t
-    tl.store(row, beta)
-    tl.store(row + BLOCK, f)
-    tl.store(row + 2 * BLOCK, tl.sum(tl.where(leaves, g, 0.0), axis=0))
-    tl.store(row + 3 * BLOCK, write_momentum)
-    unchanged = tl.where(last < 0, 1.0, 0.0)
-    tl.store(ends + program * 4, unchanged + tl.sum(tl.where(t == last, beta, 0.0)))
-    tl.store(ends + program * 4 + 1, tl.sum(tl.where(t == last, f, 0.0)))
-    tl.store(ends + program * 4 + 2, unchanged + tl.sum(tl.where(t == last, m, 0.0)))
-    tl.store(ends + program * 4 + 3, 0.0)
+    """Rows of G and N from the ones above: N_t = η_t N_{t-1} + θ_t e_t, G_t = a_t G_{t-1} + N_t."""
+    program, first, stride, length, last = _place(anchored, num_tokens, num_tiles, H, G, TILE)
+    s = tl.arange(0, BLOCK)
+    g = tl.zeros([BLOCK], tl.float32)
+    weights, write, write_momentum = g, g, g
+    beta, f, m = 1.0, 0.0, 1.0
+    keep, pull, carry = 1.0, 0.0, 1.0
+    grad += program * BLOCK * BLOCK + s
+    rows += program * 4 * BLOCK
+    for t in range(BLOCK):
+        inside = length > t
+        at = first + t * stride
+        theta = tl.load(step + at, mask=inside, other=0.0)
+        decay = _gate(log_decay, at, inside, HAS_DECAY)
+        added = tl.where(s == t, theta, 0.0)
+        beta *= decay
+        if HAS_MOMENTUM:
+            momentum = _gate(log_momentum, at, inside, HAS_MOMENTUM)
+            weights = momentum * weights + added
+            g = decay * g + weights
+            m *= momentum
+            f = decay * f + m
+        else:
+            g = decay * g + added
+        tl.store(grad + t * BLOCK, g)
+        tl.store(rows + t, beta)
+        tl.store(rows + BLOCK + t, f)
+        leaves = last == t
+        write, write_momentum = tl.where(leaves, g, write), tl.where(leaves, weights, write_momentum)
+        keep, pull, carry = tl.where(leaves, beta, keep), tl.where(leaves, f, pull), tl.where(leaves, m, carry)
+    tl.store(rows + 2 * BLOCK + s, write)
+    tl.store(rows + 3 * BLOCK + s, write_momentum)
+    ends += program * 4
+    tl.store(ends, keep)
+    tl.store(ends + 1, pull)
+    tl.store(ends + 2, carry)
+    tl.store(ends + 3, 0.0)
 
 
 @triton.jit
-def _log_gate_gradient(cot_segments, cot_product, t):
-    """Gradient of log gates from those of (logs of) their segments [t, s] and of their running products."""
-    below = tl.cumsum(cot_segments, axis=0, reverse=True)
-    return tl.sum(tl.where(t[None, :] < t[:, None], below, 0.0), axis=1) + tl.cumsum(cot_product, 0, reverse=True)
+def _momentum_rows(scratch, step, log_momentum, first, stride, length, s, BLOCK: tl.constexpr):
+    """Store N and, behind it, m_t; every thread reads back what it has written itself."""
+    weights = tl.zeros([BLOCK], tl.float32)
+    m = 1.0
+    for t in range(BLOCK):
+        at = first + t * stride
+        momentum = _gate(log_momentum, at, t < length, True)
+        weights = momentum * weights + tl.where(s == t, tl.load(step + at, mask=t < length, other=0.0), 0.0)
+        m *= momentum
+        tl.store(scratch + t * BLOCK + s, weights)
+        tl.store(scratch + BLOCK * BLOCK + t * BLOCK + s, m + tl.zeros_like(weights))
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def coefficients_backward_kernel(
-    cot_grad, cot_rows, cot_ends, step, log_decay, log_momentum, anchored, cot_step, cot_log_decay, cot_log_momentum,
-    num_tokens, num_tiles, H,
+    cot_grad, cot_rows, cot_ends, grad, rows, step, log_decay, log_momentum, anchored, scratch,
+    cot_step, cot_log_decay, cot_log_momentum, num_tokens, num_tiles, H,
     G: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
 ):  # fmt: skip
-    program, t, inside, at, last = _place(anchored, num_tokens, num_tiles, H, G, TILE, BLOCK)
-    theta, decay, momentum = _gates(step, log_decay, log_momentum, at, inside, HAS_DECAY, HAS_MOMENTUM)
-    keeps = _segments(decay, t, t)
-    leaves = (t == last)[:, None]
-    row = cot_rows + program * 4 * BLOCK + t
-    end = cot_ends + program * 4
-    cot_g = tl.load(cot_grad + program * BLOCK * BLOCK + t[:, None] * BLOCK + t[None, :])
-    cot_g += tl.where(leaves, tl.load(row + 2 * BLOCK)[None, :], 0.0)
-    cot_g = tl.where(t[:, None] >= t[None, :], cot_g, 0.0)
-    cot_beta = tl.load(row) + tl.where(t == last, tl.load(end), 0.0)
+    """The recurrence backwards: cotangents of G_t and N_t gather those of the rows below."""
+    program, first, stride, length, last = _place(anchored, num_tokens, num_tiles, H, G, TILE)
+    s = tl.arange(0, BLOCK)
+    cot_g = tl.zeros([BLOCK], tl.float32)
+    cot_weights = cot_g
+    cot_beta, cot_f, cot_m = 0.0, 0.0, 0.0
+    grad += program * BLOCK * BLOCK + s
+    cot_grad += program * BLOCK * BLOCK + s
+    rows += program * 4 * BLOCK
+    cot_rows += program * 4 * BLOCK
+    cot_ends += program * 4
     if HAS_MOMENTUM:
-        carries = _segments(momentum, t, t)
-        m = tl.exp(tl.cumsum(momentum, axis=0))
-        cot_f = tl.load(row + BLOCK) + tl.where(t == last, tl.load(end + 1), 0.0)
-        cot_weights = tl.dot(tl.trans(keeps), cot_g, input_precision=PRECISION)
-        cot_weights += tl.where(leaves, tl.load(row + 3 * BLOCK)[None, :], 0.0)
-        cot_weights = tl.where(t[:, None] >= t[None, :], cot_weights, 0.0)
-        cot_theta = tl.sum(cot_weights * carries, axis=0)
-        cot_m = tl.sum(keeps * cot_f[:, None], axis=0) + tl.where(t == last, tl.load(end + 2), 0.0)
-        cot_momentum = _log_gate_gradient(cot_weights * carries * theta[None, :], cot_m * m, t)
-        tl.store(cot_log_momentum + at, cot_momentum, mask=inside)
-        cot_keeps = tl.dot(cot_g, tl.trans(carries * theta[None, :]), input_precision=PRECISION)
-        cot_keeps += cot_f[:, None] * m[None, :]
-    else:
-        cot_theta = tl.sum(cot_g * keeps, axis=0)
-        cot_keeps = cot_g * theta[None, :]
-    tl.store(cot_step + at, cot_theta, mask=inside)
-    if HAS_DECAY:
-        beta = tl.exp(tl.cumsum(decay, axis=0))
-        tl.store(cot_log_decay + at, _log_gate_gradient(cot_keeps * keeps, cot_beta * beta, t), mask=inside)
+        scratch += program * 2 * BLOCK * BLOCK
+        _momentum_rows(scratch, step, log_momentum, first, stride, length, s, BLOCK)
+        scratch += s
+    for i in range(BLOCK):
+        t = BLOCK - 1 - i
+        inside = length > t
+        leaves = last == t
+        leaving = tl.where(leaves, t, -1)
+        at = first + t * stride
+        decay = _gate(log_decay, at, inside, HAS_DECAY)
+        cot_g += tl.where(s <= t, tl.load(cot_grad + t * BLOCK), 0.0)
+        cot_g += tl.load(cot_rows + 2 * BLOCK + s, mask=s <= leaving, other=0.0)
+        cot_beta += tl.load(cot_rows + t) + tl.load(cot_ends, mask=leaves, other=0.0)
+        cot_decay = cot_beta * tl.load(rows + t - 1, mask=t > 0, other=1.0)
+        cot_decay += tl.sum(cot_g * tl.load(grad + (t - 1) * BLOCK, mask=s < t, other=0.0))
+        if HAS_MOMENTUM:
+            momentum = _gate(log_momentum, at, inside, HAS_MOMENTUM)
+            cot_weights += cot_g + tl.load(cot_rows + 3 * BLOCK + s, mask=s <= leaving, other=0.0)
+            cot_f += tl.load(cot_rows + BLOCK + t) + tl.load(cot_ends + 1, mask=leaves, other=0.0)
+            cot_m += cot_f + tl.load(cot_ends + 2, mask=leaves, other=0.0)
+            cot_decay += cot_f * tl.load(rows + BLOCK + t - 1, mask=t > 0, other=0.0)
+            # m_{t-1} fills its row.
+            before = scratch + (t - 1) * BLOCK
+            cot_momentum = tl.sum(cot_weights * tl.load(before, mask=s < t, other=0.0))
+            m = tl.max(tl.load(before + BLOCK * BLOCK, mask=s < t, other=0.0))
+            cot_momentum += cot_m * tl.where(t > 0, m, 1.0)
+            tl.store(cot_step + at, tl.sum(tl.where(s == t, cot_weights, 0.0)), mask=inside)
+            tl.store(cot_log_momentum + at, cot_momentum * momentum, mask=inside)
+            cot_weights *= momentum
+            cot_m *= momentum
+            cot_f *= decay
+        else:
+            tl.store(cot_step + at, tl.sum(tl.where(s == t, cot_g, 0.0)), mask=inside)
+        if HAS_DECAY:
+            tl.store(cot_log_decay + at, cot_decay * decay, mask=inside)
+        cot_g *= decay
+        cot_beta *= decay
 
 
 def _layout(step: Tensor, tile: int) -> tuple[int, tuple[int, ...], dict[str, int]]:
     batch, num_tokens, heads, sets = step.shape
     num_tiles = triton.cdiv(num_tokens, tile)
-    block = block_of(tile)
-    constants = {"G": sets, "TILE": tile, "BLOCK": block, "num_warps": 4 if block >= 64 else 2, "num_stages": 1}
+    # One warp: the work of a program is a chain, and there are enough programs to hide it.
+    constants = {"G": sets, "TILE": tile, "BLOCK": block_of(tile), "num_warps": 1, "num_stages": 1}
     return batch * heads * sets * num_tiles, (batch, heads, sets, num_tiles), constants
 
 
@@ -180,28 +199,30 @@ def _forward(
     launch(
         coefficients_kernel, programs, step, log_decay, log_momentum, anchored, *outputs,
         step.shape[1], shape[-1], step.shape[2],
-        HAS_DECAY=log_decay is not None, HAS_MOMENTUM=log_momentum is not None, PRECISION=dot_precision(), **constants,
+        HAS_DECAY=log_decay is not None, HAS_MOMENTUM=log_momentum is not None, **constants,
     )  # fmt: skip
     return outputs
 
 
 def _backward(
-    cot_grad: Tensor, cot_rows: Tensor, cot_ends: Tensor,
+    cot_grad: Tensor, cot_rows: Tensor, cot_ends: Tensor, grad: Tensor, rows: Tensor,
     step: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None, anchored: Tensor, tile: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     programs, shape, constants = _layout(step, tile)
-    gradients = [step.new_empty(0) if gate is None else torch.empty_like(gate) for gate in (step, log_decay, log_momentum)]
-    cotangents = [x.contiguous() for x in (cot_grad, cot_rows, cot_ends)]
+    gates = step, log_decay, log_momentum
+    gradients = [step.new_empty(0) if gate is None else torch.empty_like(gate) for gate in gates]
+    scratch = None if log_momentum is None else step.new_empty(programs, 2, constants["BLOCK"], constants["BLOCK"])
     launch(
-        coefficients_backward_kernel, programs, *cotangents, step, log_decay, log_momentum, anchored, *gradients,
+        coefficients_backward_kernel, programs,
+        *(x.contiguous() for x in (cot_grad, cot_rows, cot_ends)), grad, rows, *gates, anchored, scratch, *gradients,
         step.shape[1], shape[-1], step.shape[2],
-        HAS_DECAY=log_decay is not None, HAS_MOMENTUM=log_momentum is not None, PRECISION=dot_precision(), **constants,
+        HAS_DECAY=log_decay is not None, HAS_MOMENTUM=log_momentum is not None, **constants,
     )  # fmt: skip
     return tuple(gradients)
 
 
 def _save(inputs: tuple, outputs: tuple) -> tuple[list[Tensor | None], list]:
-    return list(inputs[:4]), [inputs[4]]
+    return [*outputs[:2], *inputs[:4]], [inputs[4]]
 
 
 def _spread(gradients: tuple[Tensor, ...], numbers: list) -> tuple[Tensor | None, ...]:
