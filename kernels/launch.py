@@ -34,12 +34,25 @@ def _is_hip() -> bool:
     return torch.version.hip is not None
 
 
-def dot_precision() -> str:
-    """How float32 operands are multiplied: never with a mantissa of ten bits.
+def dot_precision(dtype: torch.dtype) -> str:
+    """How products that follow operands of a dtype multiply float32 numbers.
 
-    Three tensor-core products on NVIDIA, plain float32 on AMD. Half-precision operands ignore it.
+    Beside half-precision operands with a mantissa of ten bits; otherwise never: three tensor-core products on NVIDIA,
+    plain float32 on AMD.
     """
-    return "ieee" if _is_hip() else "tf32x3"
+    if _is_hip():
+        return "ieee"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@torch.compiler.assume_constant_result
+def _multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; of an H200 for any other device."""
+    return _multiprocessors(device.index) if device.type == "cuda" and torch.cuda.is_available() else 132
 
 
 def launch(kernel: Callable, size: int, *args: object, **constants: object) -> None:
