@@ -27,7 +27,10 @@ _forced: str | None = None
 
 @contextmanager
 def force_form(form: str | None) -> Iterator[None]:
-    """Run every op inside the `with` block in one form (`"reference"`, `"chunk"` or `"triton"`), whatever its options say.
+    """Run every op inside the `with` block in one form, whatever its options say.
+
+    Args:
+        form: `"reference"`, `"chunk"` or `"triton"`; `None` changes nothing.
 
     Raises:
         ValueError: for an unknown form.

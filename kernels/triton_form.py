@@ -23,10 +23,8 @@ def unsupported(inputs: Inputs) -> str | None:
     if max(widths) > WIDEST_STATE:
         return f"up to a width of {WIDEST_STATE}, not for {max(widths)}"
     if tile_width(options.chunk_size, inputs.q.element_size()) is None:
-        return (
-            f"for chunks of up to {WIDEST_TILE[inputs.q.element_size()]} tokens and longer ones that divide into tiles "
-            f"of 16 or more, not for chunk_size={options.chunk_size}"
-        )
+        widest = WIDEST_TILE[inputs.q.element_size()]
+        return f"for chunks that divide into tiles of 16 to {widest} tokens, not for chunk_size={options.chunk_size}"
     if options.decay_before_grad and inputs.gates.log_momentum is not None:
         return "not for decay_before_grad with momentum"
     return None

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 WIDEST_TILE = {2: 64, 4: 32}
 NARROWEST_TILE = 16
 WIDEST_STATE = 256
-# Multiprocessors of an H200, where no device says otherwise.
-MULTIPROCESSORS = 132
+H200_MULTIPROCESSORS = 132
 
 
 def power_of_two(n: int) -> int:
@@ -34,22 +33,28 @@ class LinearPlan:
         tile: slots of a tile.
         block: the same as a power of two.
         key_block: rows of the memory in one product.
+        gradient_block: the same where queries and keys get their gradients, which takes eight accumulators.
         value_block: columns in one product, where tiles run in parallel.
         chain_block: columns of one program of the chain.
-        chain_warps, parallel_warps: warps of a program.
+        warps: of every program; with four, kernels of the backward spill on some targets.
     """
 
     tile: int
     block: int
     key_block: int
+    gradient_block: int
     value_block: int
     chain_block: int
-    chain_warps: int
-    parallel_warps: int
+    warps: int = 8
 
 
 def plan(
-    series: int, key_width: int, value_width: int, itemsize: int, chunk_size: int, multiprocessors: int = MULTIPROCESSORS
+    series: int,
+    key_width: int,
+    value_width: int,
+    itemsize: int,
+    chunk_size: int,
+    multiprocessors: int = H200_MULTIPROCESSORS,
 ) -> LinearPlan:
     """Cut a call.
 
@@ -72,13 +77,12 @@ def plan(
     while chain > 16 and series * -(-value_width // chain) < multiprocessors:
         chain //= 2
     block = power_of_two(tile)
-    wide = 64 if itemsize == 2 else 32
+    wide = 64 if itemsize == 2 else 16
     return LinearPlan(
         tile=tile,
         block=block,
         key_block=min(power_of_two(key_width), wide),
+        gradient_block=min(power_of_two(key_width), wide, 32),
         value_block=min(widest, wide),
         chain_block=chain,
-        chain_warps=8 if key_width > 128 else 4,
-        parallel_warps=4,
     )

@@ -38,9 +38,8 @@ class _Call:
     def of(cls, q: Tensor, v: Tensor, base: Tensor | None, momentum: Tensor | None, chunk: int, at_decayed: bool):
         batch, num_tokens, heads, width = q.shape
         cut = plan(batch * heads, width, v.shape[-1], q.element_size(), chunk, multiprocessors(q.device))
-        return cls(
-            batch, num_tokens, heads, width, v.shape[-1], chunk, at_decayed, base is not None, momentum is not None, cut
-        )
+        has_base, has_momentum = base is not None, momentum is not None
+        return cls(batch, num_tokens, heads, width, v.shape[-1], chunk, at_decayed, has_base, has_momentum, cut)
 
     @property
     def num_tiles(self) -> int:
@@ -63,7 +62,7 @@ class _Call:
         """Uninitialised `[B, H, NT, ...]` in the dtype of `like`."""
         return like.new_empty(self.batch, self.heads, self.num_tiles, *shape)
 
-    def constants(self, value_block: int, warps: int, stages: int) -> dict[str, int | str]:
+    def constants(self, value_block: int) -> dict[str, int | str]:
         """Arguments that all kernels share."""
         return {
             "K": self.key_width,
@@ -73,17 +72,17 @@ class _Call:
             "TILE": self.plan.tile,
             "BLOCK": self.plan.block,
             "PRECISION": dot_precision(torch.float32),
-            "num_warps": warps,
-            "num_stages": stages,
+            "num_warps": self.plan.warps,
+            "num_stages": 2,
         }
 
     @property
     def parallel(self) -> dict[str, int | str]:
-        return self.constants(self.plan.value_block, self.plan.parallel_warps, 2)
+        return self.constants(self.plan.value_block)
 
     @property
     def chain(self) -> dict[str, int | str]:
-        return self.constants(self.plan.chain_block, self.plan.chain_warps, 2) | {
+        return self.constants(self.plan.chain_block) | {
             "TILES_PER_CHUNK": self.tiles_per_chunk,
             "SOLVE": self.solves,
             "HAS_MOMENTUM": self.has_momentum,
@@ -124,11 +123,9 @@ def linear_scan(
     Returns:
         outputs `[B, S, H, V]` in the dtype of `v`, and the carry at the last boundary.
     """
-    offset, momentum = carry if len(carry) == 2 else (*carry, None)
-    out, *after = _scan(
-        q.contiguous(), k.contiguous(), v.contiguous(), *coefficients,
-        base, offset.contiguous(), None if momentum is None else momentum.contiguous(), anchored, chunk_size, at_decayed,
-    )  # fmt: skip
+    q, k, v, *carried = (x.contiguous() for x in (q, k, v, *carry))
+    offset, momentum = carried if len(carry) == 2 else (*carried, None)
+    out, *after = _scan(q, k, v, *coefficients, base, offset, momentum, anchored, chunk_size, at_decayed)
     return out, tuple(after[: len(carry)])
 
 
@@ -146,7 +143,8 @@ def _states(
         inverse = call.scratch(k, block, block) if keep else None
         system = call.scratch(grad, block, block) if keep and k.dtype == torch.float32 else None
         launch(
-            prepare_kernel, call.series * call.num_tiles, k, v, base, grad, rows, w, f, u, system, inverse, *call.sizes,
+            prepare_kernel, call.series * call.num_tiles,
+            k, v, base, grad, rows, w, f, u, system, inverse, *call.sizes,
             HAS_BASE=call.has_base, HAS_MOMENTUM=call.has_momentum, KEEP=keep, SOLVE_PRECISION=dot_precision(k.dtype),
             **call.grid_constants, **call.parallel,
         )  # fmt: skip
@@ -210,14 +208,14 @@ def _backward(
         q, k, u, cot_out, cot_u, system, inverse, grad, rows, cot_v, cot_grad, weights, gram, *call.sizes,
         SOLVE=call.solves, **call.grid_constants, **call.parallel,
     )  # fmt: skip
-    blocks = triton.cdiv(call.key_width, call.plan.key_block)
+    blocks = triton.cdiv(call.key_width, call.plan.gradient_block)
     cot_rows, cot_ends = call.scratch(grad, blocks, 4, block), call.scratch(grad, blocks, 4)
     launch(
         operand_gradients_kernel, programs * blocks,
         q, k, u, cot_out, cot_v, base, rows, states, momenta, cot_states, cot_momenta, weights, gram,
         cot_q, cot_k, cot_rows, cot_ends, *call.sizes,
         TILES_PER_CHUNK=call.tiles_per_chunk, SOLVE=call.solves, HAS_BASE=call.has_base,
-        HAS_MOMENTUM=call.has_momentum, **call.grid_constants, **call.parallel,
+        HAS_MOMENTUM=call.has_momentum, **call.grid_constants, **(call.parallel | {"KB": call.plan.gradient_block}),
     )  # fmt: skip
     cot_base = offset.new_empty(0)
     if base is not None:

@@ -23,7 +23,7 @@ def _scores(
 ):  # fmt: skip
     """`q_t . k_s` and G of a tile."""
     scores = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for i in tl.static_range(0, K, KB):
+    for i in range(0, K, KB):
         queries = load_slots(q, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
         keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
         scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
@@ -46,7 +46,7 @@ def output_kernel(
     y = tl.zeros([BLOCK, VB], tl.float32)
     moving = tl.zeros([BLOCK, VB], tl.float32)
     fixed = tl.zeros([BLOCK, VB], tl.float32)
-    for i in tl.static_range(0, K, KB):
+    for i in range(0, K, KB):
         queries = load_slots(q, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
         d = load_matrix(states + index * K * V, i, column, K, V, KB, VB)
         y += tl.dot(queries, d, input_precision=PRECISION)
@@ -80,7 +80,7 @@ def output_backward_kernel(
         q, k, grad + index * BLOCK * BLOCK, row, head, tile, num_tokens, H, K, KB, TILE, BLOCK, PRECISION
     )
     weights = tl.trans(scores * g).to(q.dtype.element_ty)
-    for j in tl.static_range(0, V, VB):
+    for j in range(0, V, VB):
         cot = load_slots(cot_out, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
         x = tl.dot(weights, cot, input_precision=PRECISION)
         store_matrix(cot_u + index * BLOCK * V, x, 0, j, BLOCK, V, BLOCK, VB)
@@ -109,7 +109,7 @@ def tile_gradients_kernel(
         mixed = back
         if REFINE:
             mixed = tl.trans(load_matrix(system + index * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK))
-    for j in tl.static_range(0, V, VB):
+    for j in range(0, V, VB):
         cot = load_slots(cot_out, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
         x = load_matrix(u + index * BLOCK * V, 0, j, BLOCK, V, BLOCK, VB)
         r = load_matrix(cot_u + index * BLOCK * V, 0, j, BLOCK, V, BLOCK, VB)
@@ -125,7 +125,7 @@ def tile_gradients_kernel(
     cot_g = cot_weights * scores
     if SOLVE:
         gram = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for i in tl.static_range(0, K, KB):
+        for i in range(0, K, KB):
             keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
             gram += tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
         c = anchor_of(t, CHUNK, AT_DECAYED)
@@ -142,7 +142,9 @@ def tile_gradients_kernel(
 
 
 @triton.jit
-def _back(x, matrix, i, j, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, PRECISION: tl.constexpr):
+def _back(
+    x, matrix, i, j, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, PRECISION: tl.constexpr
+):
     """Rows `x [BLOCK, VB]` through the transpose of a block of a matrix, `[BLOCK, KB]`."""
     block = load_matrix(matrix, i, j, K, V, KB, VB).to(x.dtype)
     return tl.dot(x, tl.trans(block), input_precision=PRECISION)
@@ -178,61 +180,65 @@ def operand_gradients_kernel(
         s, after_s = momenta + index * K * V, cot_momenta + index * K * V
     if HAS_BASE:
         start = base + head * K * V
+    c = anchor_of(t, CHUNK, AT_DECAYED)
+    rows += index * 4 * BLOCK + t
+    mixed = load_matrix(weights + index * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
+    queries = load_slots(q, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
+    keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
     zeros = tl.zeros([BLOCK, KB], tl.float32)
+
     asked, asked_s, asked_base = zeros, zeros, zeros
-    written, written_s = zeros, zeros
-    missed, missed_s, missed_base = zeros, zeros, zeros
-    keep, pull, carry = 0.0, 0.0, 0.0
-    for j in tl.static_range(0, V, VB):
+    for j in range(0, V, VB):
         cot = load_slots(cot_out, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
-        x = load_matrix(u + index * BLOCK * V, 0, j, BLOCK, V, BLOCK, VB)
-        r = load_slots(cot_v, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
         asked += _back(cot, d, i, j, K, V, KB, VB, PRECISION)
-        written += _back(x, after_d, i, j, K, V, KB, VB, PRECISION)
-        missed += _back(r, at, i, j, K, V, KB, VB, PRECISION)
-        keep += _product(d, after_d, i, j, K, V, KB, VB)
         if HAS_MOMENTUM:
             asked_s += _back(cot, s, i, j, K, V, KB, VB, PRECISION)
+        if HAS_BASE:
+            asked_base += _back(cot, start, i, j, K, V, KB, VB, PRECISION)
+    cot_queries = tl.load(rows)[:, None] * asked + tl.load(rows + BLOCK)[:, None] * asked_s + asked_base
+    cot_queries += tl.dot(mixed, keys, input_precision=PRECISION)
+    store_slots(cot_q, cot_queries, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
+    cot_beta, cot_f = tl.sum(queries * asked, 1), tl.sum(queries * asked_s, 1)
+
+    written, written_s = zeros, zeros
+    keep, pull, carry = 0.0, 0.0, 0.0
+    for j in range(0, V, VB):
+        x = load_matrix(u + index * BLOCK * V, 0, j, BLOCK, V, BLOCK, VB)
+        written += _back(x, after_d, i, j, K, V, KB, VB, PRECISION)
+        keep += _product(d, after_d, i, j, K, V, KB, VB)
+        if HAS_MOMENTUM:
             written_s += _back(x, after_s, i, j, K, V, KB, VB, PRECISION)
             pull += _product(s, after_d, i, j, K, V, KB, VB)
             carry += _product(s, after_s, i, j, K, V, KB, VB)
-            if SOLVE:
-                missed_s += _back(r, s, i, j, K, V, KB, VB, PRECISION)
-        if HAS_BASE:
-            asked_base += _back(cot, start, i, j, K, V, KB, VB, PRECISION)
-            missed_base += _back(r, start, i, j, K, V, KB, VB, PRECISION)
-
-    queries = load_slots(q, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
-    keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
-    rows += index * 4 * BLOCK + t
-    beta, f = tl.load(rows)[:, None], tl.load(rows + BLOCK)[:, None]
-    write, write_s = tl.load(rows + 2 * BLOCK)[:, None], tl.load(rows + 3 * BLOCK)[:, None]
-    c = anchor_of(t, CHUNK, AT_DECAYED)
-    mixed = load_matrix(weights + index * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
-    cot_queries = beta * asked + f * asked_s + asked_base + tl.dot(mixed, keys, input_precision=PRECISION)
-    store_slots(cot_q, cot_queries, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
-    cot_keys = write * written + write_s * written_s - missed_base
+    cot_keys = tl.load(rows + 2 * BLOCK)[:, None] * written + tl.load(rows + 3 * BLOCK)[:, None] * written_s
     cot_keys += tl.dot(tl.trans(mixed), queries, input_precision=PRECISION)
+    cot_write, cot_write_s = tl.sum(keys * written, 1), tl.sum(keys * written_s, 1)
+
+    missed, missed_s, missed_base = zeros, zeros, zeros
+    for j in range(0, V, VB):
+        r = load_slots(cot_v, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
+        missed += _back(r, at, i, j, K, V, KB, VB, PRECISION)
+        if HAS_MOMENTUM and SOLVE:
+            missed_s += _back(r, s, i, j, K, V, KB, VB, PRECISION)
+        if HAS_BASE:
+            missed_base += _back(r, start, i, j, K, V, KB, VB, PRECISION)
+    cot_keys -= missed_base
     if SOLVE:
-        last = rows - t + c
-        cot_keys -= tl.load(last, mask=c >= 0, other=1.0)[:, None] * missed
-        cot_keys -= tl.load(last + BLOCK, mask=c >= 0, other=0.0)[:, None] * missed_s
+        cot_keys -= tl.load(rows - t + c, mask=c >= 0, other=1.0)[:, None] * missed
+        cot_keys -= tl.load(rows - t + c + BLOCK, mask=c >= 0, other=0.0)[:, None] * missed_s
         mixed = load_matrix(gram + index * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
         cot_keys += tl.dot(mixed, keys, input_precision=PRECISION)
+        cot_beta += scatter_anchored(-tl.sum(keys * missed, 1), BLOCK, CHUNK, AT_DECAYED)
+        cot_f += scatter_anchored(-tl.sum(keys * missed_s, 1), BLOCK, CHUNK, AT_DECAYED)
     else:
         cot_keys -= missed
     store_slots(cot_k, cot_keys, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
 
-    queries, keys = queries.to(tl.float32), keys.to(tl.float32)
-    cot_beta, cot_f = tl.sum(queries * asked, 1), tl.sum(queries * asked_s, 1)
-    if SOLVE:
-        cot_beta += scatter_anchored(-tl.sum(keys * missed, 1), BLOCK, CHUNK, AT_DECAYED)
-        cot_f += scatter_anchored(-tl.sum(keys * missed_s, 1), BLOCK, CHUNK, AT_DECAYED)
     cot_rows += tl.program_id(0).to(tl.int64) * 4 * BLOCK + t
     tl.store(cot_rows, cot_beta)
     tl.store(cot_rows + BLOCK, cot_f)
-    tl.store(cot_rows + 2 * BLOCK, tl.sum(keys * written, 1))
-    tl.store(cot_rows + 3 * BLOCK, tl.sum(keys * written_s, 1))
+    tl.store(cot_rows + 2 * BLOCK, cot_write)
+    tl.store(cot_rows + 3 * BLOCK, cot_write_s)
     cot_ends += tl.program_id(0).to(tl.int64) * 4
     tl.store(cot_ends, keep)
     tl.store(cot_ends + 1, pull)

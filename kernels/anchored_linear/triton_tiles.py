@@ -16,7 +16,7 @@ def tile_of(num_tiles, H):
 def load_slots(
     x, row, head, tile, first, num_tokens, H, D: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, W: tl.constexpr
 ):
-    """`[BLOCK, W]` of slots `[B, S, H, D]`: the tokens of a tile, columns from `first` on, zero where there are none."""
+    """`[BLOCK, W]` of slots `[B, S, H, D]`: tokens of a tile, columns from `first` on, zero where there are none."""
     t = tl.arange(0, BLOCK)
     c = first + tl.arange(0, W)
     slot = tile * TILE + t
@@ -139,7 +139,7 @@ def prepare_kernel(
     index = series * num_tiles + tile
     REFINE: tl.constexpr = k.dtype.element_ty == tl.float32
     gram = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for i in tl.static_range(0, K, KB):
+    for i in range(0, K, KB):
         keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
         gram += tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
     beta, pull, anchored = load_anchored(
@@ -151,18 +151,18 @@ def prepare_kernel(
         store_matrix(inverse_out + index * BLOCK * BLOCK, inverse, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
         if REFINE:
             store_matrix(system_out + index * BLOCK * BLOCK, system, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
-    for i in tl.static_range(0, K, KB):
+    for i in range(0, K, KB):
         keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
         x = solve(inverse, system, (beta[:, None] * keys).to(keys.dtype), REFINE, PRECISION)
         store_matrix(w + index * BLOCK * K, x, 0, i, BLOCK, K, BLOCK, KB)
         if HAS_MOMENTUM:
             x = solve(inverse, system, (pull[:, None] * keys).to(keys.dtype), REFINE, PRECISION)
             store_matrix(f + index * BLOCK * K, x, 0, i, BLOCK, K, BLOCK, KB)
-    for j in tl.static_range(0, V, VB):
+    for j in range(0, V, VB):
         values = load_slots(v, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
         if HAS_BASE:
             error = values.to(tl.float32)
-            for i in tl.static_range(0, K, KB):
+            for i in range(0, K, KB):
                 keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
                 start = load_matrix(base + head * K * V, i, j, K, V, KB, VB).to(keys.dtype)
                 error -= tl.dot(keys, start, input_precision=PRECISION)
