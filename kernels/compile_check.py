@@ -7,6 +7,7 @@ meant to have; with 2 on wrong input.
 import importlib
 import json
 import pkgutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from .. import kernels
 from .compiled import TARGETS, KernelEntry, Report, Target, check
@@ -36,14 +38,18 @@ def kernel_modules() -> list[str]:
 
 
 def entries_of(module: ModuleType, target: Target) -> list[KernelEntry]:
-    """Kernels that a module lists for a target.
+    """Kernels that a module lists for a target; a kernel is a jitted function called `*_kernel`.
 
     Raises:
-        ValueError: if it has no list.
+        ValueError: if one is missing.
     """
-    if not hasattr(module, "compile_entries"):
-        raise ValueError(f"{module.__name__} lists no kernels: give it a function `compile_entries(target)`.")
-    return module.compile_entries(target)
+    found = module.compile_entries(target) if hasattr(module, "compile_entries") else []
+    own = {x for name, x in vars(module).items() if name.endswith("_kernel") and isinstance(x, JITFunction)}
+    if missing := sorted(
+        x.__name__ for x in own - {entry.kernel for entry in found} if x.__module__ == module.__name__
+    ):
+        raise ValueError(f"`{module.__name__}.compile_entries` should list {', '.join(missing)}.")
+    return found
 
 
 def jobs(modules: list[str], targets: list[Target], only: str = "", fast: bool = False) -> list[Job]:
@@ -119,7 +125,8 @@ def main(
     if as_json:
         typer.echo(json.dumps([asdict(row) for row in rows], indent=1))
     else:
-        Console().print(table(rows))
+        # What goes to a file or a pipe is not cut to the width of a terminal.
+        Console(width=None if sys.stdout.isatty() else 160).print(table(rows))
     failed = [row for row in rows if row.problems]
     for row in failed:
         typer.echo(f"{row.kernel} on {row.target} {', '.join(row.problems)}.", err=True)

@@ -129,11 +129,11 @@ class Report:
 def check(entry: KernelEntry, target: Target) -> Report:
     """Compile an entry for a target and say what is wrong with the result."""
     report = Report(entry.name, target.name, entry.num_warps, entry.num_stages)
-    source = entry.source(target)
     options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages, "enable_fp_fusion": True}
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     start = time.perf_counter()
     try:
-        compiled = triton_compile(source, GPUTarget(target.backend, target.arch, target.warp_size), options)
+        compiled = triton_compile(entry.source(target), gpu, options)
     except Exception as error:  # each stage of each backend has exceptions of its own
         report.problems.append(f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}")
         return report

@@ -7,7 +7,7 @@ from hf_memory.kernels.compiled import KernelEntry, Target
 
 
 @triton.jit
-def product(a, b, out, bias, ROWS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr):
+def product_kernel(a, b, out, bias, ROWS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr):
     """`a @ b + bias`."""
     rows, inner = tl.arange(0, ROWS), tl.arange(0, INNER)
     x = tl.load(a + rows[:, None] * INNER + inner[None, :])
@@ -21,7 +21,7 @@ def product(a, b, out, bias, ROWS: tl.constexpr, INNER: tl.constexpr, PRECISION:
 def entry(name: str, dtype: str = "bf16", size: int = 16, inner: int = 16, **fields) -> KernelEntry:
     types = {"a": f"*{dtype}", "b": f"*{dtype}", "out": "*fp32"}
     constexprs = {"bias": None, "ROWS": size, "INNER": inner, **fields.pop("constexprs", {})}
-    return KernelEntry(name, product, types, constexprs, **fields)
+    return KernelEntry(name, product_kernel, types, constexprs, **fields)
 
 
 def compile_entries(target: Target) -> list[KernelEntry]:
