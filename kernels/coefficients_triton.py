@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .compiled import KernelEntry, Target
 from .launch import differentiable_op, launch
 from .types import Gates
 
@@ -230,3 +231,16 @@ def _spread(gradients: tuple[Tensor, ...], numbers: list) -> tuple[Tensor | None
 
 
 _coefficients = differentiable_op("tile_coefficients", _forward, _backward, _save, _spread)
+
+
+def compile_entries(target: Target) -> list[KernelEntry]:
+    """Tiles of the two usual widths, with decay and momentum."""
+    numbers = {"anchored": "*i64", "num_tokens": "i32", "num_tiles": "i32", "H": "i32:16"}
+    found = []
+    for tile in (64, 16):
+        constants = {"G": 1, "TILE": tile, "BLOCK": block_of(tile), "HAS_DECAY": True, "HAS_MOMENTUM": True}
+        for kernel in (coefficients_kernel, coefficients_backward_kernel):
+            types = {name: numbers.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+            name = f"{kernel.__name__} tile {tile}"
+            found.append(KernelEntry(name, kernel, types, constants, num_warps=1, num_stages=1, has_product=False))
+    return found
