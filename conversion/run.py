@@ -224,7 +224,7 @@ class _Conversion:
     def _assemble(
         self, final: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
     ) -> None:
-        from hf_memory.conversion.card import write_card
+        from hf_memory.conversion.card import write_card, write_recipe
         from hf_memory.conversion.report import write_report
 
         folder, recipe = self.work.model, self.recipe
@@ -243,6 +243,7 @@ class _Conversion:
 
             export_remote_code(final, folder)
         values = {key: value for key, value in recipe.to_dict().items() if key not in Recipe.WITHOUT_EFFECT}
+        write_recipe(folder, values)
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
         write_card(
             folder, config=final.config, teacher=recipe.teacher, recipe=values, report=report, revision=revision

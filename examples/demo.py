@@ -317,7 +317,7 @@ class Demo:
             "curves": stage_curves(folders),
             "baselines": baselines(Path(recipe.held_out) if self.library else None, corpus.held_out, tokenizer),
             "notes": remarks(measured, self.library),
-            "environment": environment(),
+            "environment": environment() | {"dtype": "float32"},
         }
         return report, prompt_of(tokenizer.decode(blocks[len(blocks) // 2].tolist(), skip_special_tokens=True))
 

@@ -130,6 +130,8 @@ class LoopbackHub:
         return self
 
     def stop(self) -> None:
+        # Connections that a client keeps open end too.
+        self.faults.insert(0, Fault(re.compile(""), None, None, "request", 0.0, 0, None))
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
