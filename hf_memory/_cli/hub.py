@@ -58,7 +58,7 @@ def push(
     console = Console(stderr=True)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     with tempfile.TemporaryDirectory() as scratch:
         with quiet():

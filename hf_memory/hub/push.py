@@ -104,7 +104,8 @@ def stage_folder(
     sent = list(filter_repo_objects(found, ignore_patterns=list(LEFT_OUT)))
     if not any(name.endswith(".safetensors") for name in sent):
         raise PushError(f"The folder {str(folder)!r} holds no weights in safetensors: save the model there first.")
-    if behind := sorted(name for name in found.keys() - set(sent) if not Path(name).name.startswith(".")):
+    behind = [name for name in found if name not in sent and not any(p.startswith(".") for p in Path(name).parts)]
+    if behind:
         say(f"Left out (pickles and working state): {', '.join(behind)}")
     for name in sent:
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
@@ -348,6 +349,8 @@ class _Push:
             return "Nobody is logged in: run `hf auth login`, or set HF_TOKEN to a token that may write."
         if isinstance(error, OfflineModeIsEnabled):
             return "The Hub is switched off by HF_HUB_OFFLINE: unset it to push."
+        if isinstance(error, ValueError) and "README.md" in str(error):
+            return f"The header of README.md is not accepted: {_one_line(str(error))}"
         if isinstance(cause, RepositoryNotFoundError):
             return f"There is no repository {self.repo!r} that this token can see."
         if isinstance(cause, RevisionNotFoundError):
@@ -367,8 +370,6 @@ class _Push:
                 f"{_problem(error)}, after {TRIES} attempts: run it again to go on, what has arrived at {page} is not "
                 "sent twice."
             )
-        if isinstance(error, ValueError) and "README.md" in str(error):
-            return f"The header of README.md is not accepted: {_one_line(str(error))}"
         return None
 
 
