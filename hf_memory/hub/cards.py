@@ -155,7 +155,7 @@ def render(
         if not (template_folder() / f"{model_type}.md").is_file():
             raise CardError(f"There is no card for {model_type!r}: model_cards/{model_type}.md is missing.")
     kind, code = _kind(config), [path.name for path in folder.glob("*.py")]
-    skeleton_dtype = config.dtype or _float32()
+    dtype = _dtype(config)
     text = (
         _environment()
         .get_template(FRAME)
@@ -173,9 +173,9 @@ def render(
             has_code=bool(code),
             has_tokenizer=(folder / "tokenizer_config.json").is_file(),
             has_kernels=any("triton" in file for file in code),
-            parameters=build_without_weights(config, skeleton_dtype).num_parameters(),
-            dtype=str(config.dtype).removeprefix("torch.") if config.dtype else None,
-            states=_states(config, skeleton_dtype),
+            parameters=build_without_weights(config, dtype).num_parameters(),
+            dtype=str(dtype).removeprefix("torch."),
+            states=_states(config, dtype),
             made=made or Made(),
             measured=measured,
         )
@@ -246,7 +246,8 @@ def _kind(config: PreTrainedConfig) -> tuple[str, str] | None:
     return next((kind for ending, kind in _KINDS.items() if name.endswith(ending)), None)
 
 
-def _float32() -> Any:
+def _dtype(config: PreTrainedConfig) -> Any:
     import torch
 
-    return torch.float32
+    # A configuration that was not read from a file may hold the name only.
+    return getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype or torch.float32

@@ -187,6 +187,10 @@ class LoopbackHub:
         """Path -> content of a repository's files."""
         return {path: blob.content for path, blob in self.repositories[name].find(revision).files.items()}
 
+    def card(self, name: str, revision: str = "main") -> str:
+        """Text of a repository's `README.md`."""
+        return self.files(name, revision)["README.md"].decode()
+
     def commits(self, name: str, revision: str = "main") -> list[str]:
         """Titles of the commits, oldest first, without the empty one that a repository starts with."""
         return [commit.title for commit in self.repositories[name].history(revision)][-2::-1]
