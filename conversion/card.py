@@ -14,6 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_memory._cli.loading import load_config
 from hf_memory.conversion.data import looks_like_a_path
+from hf_memory.conversion.recipe import Recipe
 from hf_memory.conversion.report import Report, markdown_table, notes, shortcomings
 from hf_memory.hub import cards
 from hf_memory.hub.remote_code import EXPORTABLE
@@ -217,8 +218,9 @@ def _history(config: Any, recipe: Mapping[str, Any] | None, report: Report) -> s
 
 
 def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe for others: a path is `./` and its last part, and the output is left out."""
-    return {key: _named(value) if key in _PATHS else value for key, value in recipe.items() if key != "output"}
+    """A recipe for others: a path is `./` and its last part, and what has no effect on the weights is left out."""
+    kept = {key: value for key, value in recipe.items() if key not in Recipe.WITHOUT_EFFECT}
+    return {key: _named(value) if key in _PATHS else value for key, value in kept.items()}
 
 
 def _named(value: Any) -> Any:

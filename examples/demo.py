@@ -281,9 +281,7 @@ class Demo:
         """The comparison in the student's own folder, in the place of the first look."""
         folder, recipe = Path(self.recipe.output), self.recipe.to_dict()
         write_report(report, folder, self.console)
-        write_card(
-            folder, config=AutoConfig.from_pretrained(folder), teacher=recipe["teacher"], recipe=recipe, report=report
-        )
+        write_card(folder, config=AutoConfig.from_pretrained(folder), recipe=recipe, report=report)
 
     def _measure(self, folders: dict[str, Path]) -> tuple[dict[str, Any], str]:
         recipe = self.recipe
