@@ -67,7 +67,8 @@ def write_card(
         if is_hub:
             found |= {"base_model": name, "base_model_relation": "finetune"}
         named = f"[{name}](https://huggingface.co/{name})" if is_hub else f"`{name}`"
-        title = f"{name} with {config.memory['model_type'].capitalize()} memory" if _is_hybrid(config) else None
+        if _is_hybrid(config) and config.memory_layers:
+            title = f"{name} with {config.memory['model_type'].capitalize()} memory"
     if datasets := _datasets(recipe):
         found["datasets"] = datasets
     shown = yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True).strip() if recipe else ""
@@ -165,14 +166,18 @@ def _datasets(recipe: Mapping[str, Any] | None) -> list[str]:
 def _measured(folder: Path, report: Report) -> cards.Measured:
     if not report.get("models"):
         return cards.Measured()
-    return cards.Measured(
-        table=markdown_table(report),
-        notes=notes(report),
-        worse=shortcomings(report),
-        results=_results(report),
-        picture="report.png" if (folder / "report.png").is_file() else "",
-        picture_text="loss of every stage, held-out loss by position, size of the cache",
-    )
+    try:
+        return cards.Measured(
+            table=markdown_table(report),
+            notes=notes(report),
+            worse=shortcomings(report),
+            results=_results(report),
+            picture="report.png" if (folder / "report.png").is_file() else "",
+            picture_text="loss of every stage, held-out loss by position, size of the cache",
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        # A file that somebody changed.
+        raise cards.CardError(f"The report in {folder.name!r} does not have the form of a report.") from error
 
 
 def _results(report: Report) -> list[EvalResult]:

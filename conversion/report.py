@@ -211,9 +211,9 @@ def shortcomings(report: Report) -> list[str]:
     if agreement is not None and agreement < 1:
         found.append(f"At {1 - agreement:.1%} of the tokens another next token is likeliest than with the {name}.")
     for speed in student.get("speed", []):
-        own = speed["tokens_per_second"]
+        own = speed.get("tokens_per_second")
         others = _at(reference.get("speed", []), "context", speed["context"]).get("tokens_per_second")
-        if others is not None and own < others:
+        if own is not None and others is not None and own < others:
             found.append(
                 f"Behind {speed['context']:,} tokens it decodes {own:,.0f} tokens/s, the {name} {others:,.0f} "
                 f"({1 - own / others:.0%} slower)."
@@ -236,7 +236,7 @@ def _loss_shortcomings(student: dict, reference: dict, name: str, key: str, unit
         found.append(
             f"It needs {own / others - 1:.1%} more bits than the {name}: {own:.4f} against {others:.4f} per {unit}."
         )
-    parts = zip(_parts(student), _parts(reference))
+    parts = [pair for pair in zip(_parts(student), _parts(reference)) if None not in (part.get(key) for part in pair)]
     mine, theirs = max(parts, key=lambda pair: pair[0][key] - pair[1][key], default=({key: 0}, {key: 0}))
     # The whole says it already, unless this part is worse than that.
     if mine[key] - theirs[key] > max(own - others, 0):

@@ -6,6 +6,7 @@ downloaded, and nothing is said that is not in the folder or given.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 from transformers.configuration_utils import PreTrainedConfig
 
 import hf_memory
+from hf_memory._cli.loading import UserError
 from hf_memory._cli.state_size import build_without_weights, kv_cache_bytes, layer_states, readable_size
 
 
@@ -125,10 +128,9 @@ def card_data(
     config: PreTrainedConfig, name: str, metadata: Mapping[str, Any], measured: Measured | None = None
 ) -> ModelCardData:
     """The header of a card: what the Hub reads."""
-    inside = (getattr(config, "memory", None) or {}).get("model_type")
-    tags = ["hf-memory", config.model_type, inside, getattr(config, "base_model_type", None), "memory"]
-    metadata = dict(metadata)
-    tags += metadata.pop("tags", None) or []
+    inside, metadata = _memory_config(config), dict(metadata)
+    tags = ["hf-memory", config.model_type, inside and inside.model_type, getattr(config, "base_model_type", None)]
+    tags += ["memory", *(metadata.pop("tags", None) or [])]
     kind = _kind(config)
     return ModelCardData(
         model_name=name,
@@ -150,7 +152,7 @@ def render(
     measured: Measured,
 ) -> str:
     """The text of a card."""
-    inside = config.make_memory_config() if getattr(config, "memory", None) else None
+    inside = _memory_config(config)
     for model_type in filter(None, (config.model_type, inside and inside.model_type)):
         if not (template_folder() / f"{model_type}.md").is_file():
             raise CardError(f"There is no card for {model_type!r}: model_cards/{model_type}.md is missing.")
@@ -173,7 +175,7 @@ def render(
             has_code=bool(code),
             has_tokenizer=(folder / "tokenizer_config.json").is_file(),
             has_kernels=any("triton" in file for file in code),
-            parameters=build_without_weights(config, dtype).num_parameters(),
+            parameters=_count_parameters(folder, config, dtype),
             dtype=str(dtype).removeprefix("torch."),
             states=_states(config, dtype),
             made=made or Made(),
@@ -229,8 +231,29 @@ def _environment() -> Any:
     return environment
 
 
+def _memory_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """Configuration of the memories inside a hybrid."""
+    return config.make_memory_config() if getattr(config, "memory_layers", None) else None
+
+
+def _count_parameters(folder: Path, config: PreTrainedConfig, dtype: Any) -> int | None:
+    """Numbers in the files of weights; without them those of the causal language model, if the folder is for one."""
+    if files := sorted(folder.glob("*.safetensors")):
+        count = 0
+        for file in files:
+            with safe_open(file, framework="numpy") as weights:
+                count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+        return count
+    is_causal_lm = _kind(config) == _KINDS["ForCausalLM"]
+    return build_without_weights(config, dtype).num_parameters() if is_causal_lm else None
+
+
 def _states(config: PreTrainedConfig, dtype: Any) -> list[dict[str, Any]]:
-    layers = layer_states(config, dtype)
+    try:
+        layers = layer_states(config, dtype)
+    except UserError:
+        # A teacher that does not run without weights and is too large to try.
+        return []
     return [
         {
             "tokens": tokens,

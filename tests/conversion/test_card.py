@@ -110,7 +110,8 @@ def test_retrofit_and_no_layer(folder):
     retrofit = hybrid(memory_mode="retrofit", memory_window=512)
     _, text = make(folder, retrofit, "a/b")
     assert "beside the self-attention of layers 1 and 3 of 4 (counted from 0), which sees\n512 tokens only" in text
-    assert "no layer is converted" in make(folder, hybrid(memory_layers=[]), "a/b")[1]
+    _, text = make(folder, hybrid(memory_layers=[]), "a/b")
+    assert "no layer is converted" in text and "The memory of a head" not in text and "# my-hybrid" in text
 
 
 def model(bits: float, first: float, speed: float, cache: int, parameters: int) -> dict:
@@ -167,6 +168,10 @@ def test_what_cannot_be_filled_stays_as_it_is(folder, config):
     (folder / "report.json").write_text('{"other": 1}')
     with pytest.raises(CardError, match="is no report of hf-memory"):
         refill_card(folder)
+    for models in ({"student": 1}, {"student": {"quality": {"whole": "much"}}}, {"student": {"speed": [{}]}}):
+        (folder / "report.json").write_text(json.dumps({"models": models}))
+        with pytest.raises(CardError, match="does not have the form of a report"):
+            refill_card(folder)
     tiny_config("llama").save_pretrained(folder)
     with pytest.raises(CardError, match="holds a llama model"):
         refill_card(folder)

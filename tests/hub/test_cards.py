@@ -9,6 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
+from hf_memory import TitansForSequenceClassification
+from hf_memory._cli.loading import UserError
 from hf_memory._cli.state_size import build_without_weights, kv_cache_bytes, layer_states, readable_size
 from hf_memory.evaluation.properties_tiny import tiny_config
 from hf_memory.hub import cards
@@ -65,10 +67,16 @@ def test_a_card_from_the_configuration_alone(model_type, tmp_path):
     ]
 
 
-def test_the_header_of_other_heads(tmp_path):
+def test_other_heads_and_the_weights_that_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(cards, "_states", lambda config, dtype: [])
     config = tiny_config("titans", architectures=["TitansForSequenceClassification"])
     card = ModelCard.load(cards.write_card(tmp_path, config))
-    assert card.data.pipeline_tag == "text-classification"
+    assert card.data.pipeline_tag == "text-classification" and "## Size" not in card.text
+    model = TitansForSequenceClassification(config)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    card = ModelCard.load(cards.write_card(tmp_path, config))
+    assert f"\n{model.num_parameters():,} parameters, in float32.\n" in card.text
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text and "pipeline(" not in card.text
     assert cards.card_data(tiny_config("titans", architectures=["Other"]), "x", {}).pipeline_tag is None
 
@@ -92,6 +100,15 @@ def test_an_architecture_without_a_template_is_named(tmp_path, monkeypatch):
     with pytest.raises(cards.CardError, match=r"There is no card for 'titans': model_cards/titans.md is missing"):
         cards.write_card(tmp_path, tiny_config("titans"))
     assert not (tmp_path / "README.md").exists()
+
+
+def test_a_state_that_cannot_be_counted_is_left_out(tmp_path, monkeypatch):
+    def refuse(config, dtype):
+        raise UserError("too large to try")
+
+    monkeypatch.setattr(cards, "layer_states", refuse)
+    text = cards.write_card(tmp_path, tiny_config("titans")).read_text()
+    assert "parameters, in float32." in text and "| tokens read |" not in text
 
 
 def test_rendered_it_is_headings_tables_lists_and_code(tmp_path):
