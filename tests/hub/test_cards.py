@@ -30,9 +30,7 @@ def test_every_architecture_has_a_template_and_every_template_its_macros():
 
 
 @pytest.mark.parametrize("chunk_size", [1, 16])
-@pytest.mark.parametrize(
-    "fields", [{"normalization": "retract"}, {"normalization": "lazy"}, {"normalization": "none"}]
-)
+@pytest.mark.parametrize("normalization", ["retract", "lazy", "none"])
 @pytest.mark.parametrize("name", ["lattice", "trellis"])
 def test_slots_are_described_by_what_their_configuration_says(name, normalization, chunk_size):
     module = cards._environment().get_template(f"{name}.md").module
