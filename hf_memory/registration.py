@@ -74,6 +74,7 @@ def _complete_push_to_hub() -> None:
     from hf_memory.models.hybrid.modeling_hybrid import MemoryHybridForCausalLM, MemoryHybridModel
 
     def push_to_hub(self, repo_id: str, **options) -> str:
+        """Push weights, code and a filled card in one commit; arguments as those of transformers' `push_to_hub`."""
         from hf_memory.hub.push import push_to_hub
 
         return push_to_hub(self, repo_id, **options)

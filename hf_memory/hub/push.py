@@ -40,7 +40,7 @@ from hf_memory.hub.remote_code import EXPORTABLE, export_remote_code
 
 CARD = "README.md"
 # Pickles run code when they are loaded, the others are somebody's working state.
-LEFT_OUT = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.bin", "checkpoint-*/*", "__pycache__/*", ".*", "*/.*")
+LEFT_OUT = ("*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.bin", "checkpoint-*/*", "*.pyc", ".*", "*/.*")
 # What another version of the model may have left in the repository, and would be loaded beside or before the new one.
 STALE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|hf_memory_\w+\.py")
 TRIES = 5
