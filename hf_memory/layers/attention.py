@@ -190,7 +190,9 @@ def window_mask(
         # A padded token sees itself: a row of a softmax without any key is NaN, and NaN times zero stays NaN.
         visible[:, :, -length:] |= torch.eye(length, dtype=torch.bool, device=device)
     mask = torch.cat((visible.new_ones(*visible.shape[:2], prefix), visible), dim=2).unsqueeze(1)
-    if not eager:
-        return mask
-    dtype = inputs_embeds.dtype
-    return torch.where(mask, torch.zeros((), dtype=dtype, device=device), torch.finfo(dtype).min)
+    return additive_mask(mask, inputs_embeds.dtype) if eager else mask
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the eager implementation adds to its scores for a bool mask that is true where a key is visible."""
+    return torch.where(visible, torch.zeros((), dtype=dtype, device=visible.device), torch.finfo(dtype).min)

@@ -18,7 +18,24 @@ def _titans_fields() -> dict[str, dict]:
         configs[f"{variant}-depth{depth}-chunk{chunk}-{target}"] = {
             "variant": variant, "memory_depth": depth, "chunk_size": chunk, "decay_target": target,
         }  # fmt: skip
+    # A segment is a whole number of chunks.
+    for depth, chunk, target in ((1, 1, "zero"), (1, 4, "zero"), (2, 4, "init"), (2, 16, "init")):
+        segments = {"segment_size": max(8, 2 * chunk), "num_memory_tokens": 4}
+        for variant in ("mac", "mal"):
+            configs[f"{variant}-depth{depth}-chunk{chunk}-{target}"] = {
+                "variant": variant, "memory_depth": depth, "chunk_size": chunk, "decay_target": target, **segments,
+            }  # fmt: skip
     return configs | {
+        "mac-every-token": {"variant": "mac", "chunk_size": 4, "segment_size": 8, "num_memory_tokens": 8},
+        "mac-persistent-in-memory": {
+            "variant": "mac", "chunk_size": 4, "segment_size": 12, "num_memory_tokens": 4,
+            "persistent_in_memory": True,
+        },
+        "mac-no-conv-no-persistent": {
+            "variant": "mac", "chunk_size": 4, "segment_size": 8, "num_memory_tokens": 1,
+            "conv_kernel": 0, "num_persistent_tokens": 0,
+        },
+        "mal-persistent-in-memory": {"variant": "mal", "persistent_in_memory": True, "chunk_size": 4},
         "lmm-channel": {"gate_granularity": "channel", "chunk_size": 4},
         "mag-channel-linear": {"variant": "mag", "gate_granularity": "channel", "memory_depth": 1, "chunk_size": 4},
         "lmm-depth3": {"memory_depth": 3, "chunk_size": 4},
