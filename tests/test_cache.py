@@ -19,10 +19,11 @@ from hf_memory.cache_layers import (
 def tiny(**fields) -> TitansForCausalLM:
     sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "chunk_size": 4, "num_persistent_tokens": 4, "sliding_window": 8}
+    sizes |= {"segment_size": 8, "num_memory_tokens": 4}
     return TitansForCausalLM(TitansConfig(**sizes, eos_token_id=None, **fields)).eval()
 
 
-@pytest.fixture(params=["lmm", "mag"])
+@pytest.fixture(params=["lmm", "mag", "mac", "mal"])
 def model(request) -> TitansForCausalLM:
     return tiny(variant=request.param)
 

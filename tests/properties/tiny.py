@@ -18,27 +18,20 @@ def _titans_fields() -> dict[str, dict]:
         configs[f"{variant}-depth{depth}-chunk{chunk}-{target}"] = {
             "variant": variant, "memory_depth": depth, "chunk_size": chunk, "decay_target": target,
         }  # fmt: skip
-    # A segment is a whole number of chunks.
-    for depth, chunk, target in ((1, 1, "zero"), (1, 4, "zero"), (2, 4, "init"), (2, 16, "init")):
-        segments = {"segment_size": max(8, 2 * chunk), "num_memory_tokens": 4}
-        for variant in ("mac", "mal"):
-            configs[f"{variant}-depth{depth}-chunk{chunk}-{target}"] = {
-                "variant": variant, "memory_depth": depth, "chunk_size": chunk, "decay_target": target, **segments,
-            }  # fmt: skip
+    segments = {"variant": "mac", "chunk_size": 4, "segment_size": 8, "num_memory_tokens": 4}
     return configs | {
-        "mac-every-token": {"variant": "mac", "chunk_size": 4, "segment_size": 8, "num_memory_tokens": 8},
-        "mac-persistent-in-memory": {
-            "variant": "mac", "chunk_size": 4, "segment_size": 12, "num_memory_tokens": 4,
-            "persistent_in_memory": True,
-        },
-        "mac-no-conv-no-persistent": {
-            "variant": "mac", "chunk_size": 4, "segment_size": 8, "num_memory_tokens": 1,
-            "conv_kernel": 0, "num_persistent_tokens": 0,
-        },
-        "mal-persistent-in-memory": {"variant": "mal", "persistent_in_memory": True, "chunk_size": 4},
+        "mac-online-linear": segments | {"chunk_size": 1, "memory_depth": 1},
+        "mac-every-token": segments | {"num_memory_tokens": 8, "decay_target": "zero"},
+        "mac-persistent-in-memory": segments | {"segment_size": 12, "memory_depth": 1, "persistent_in_memory": True},
+        "mac-no-conv-no-persistent": segments | {"num_memory_tokens": 1, "conv_kernel": 0, "num_persistent_tokens": 0},
+        "mac": segments,
+        "mac-long-chunk": segments | {"chunk_size": 16, "segment_size": 32},
+        "mal": {"variant": "mal", "chunk_size": 4},
+        "mal-online-linear": {"variant": "mal", "chunk_size": 1, "memory_depth": 1},
         "lmm-channel": {"gate_granularity": "channel", "chunk_size": 4},
         "mag-channel-linear": {"variant": "mag", "gate_granularity": "channel", "memory_depth": 1, "chunk_size": 4},
         "lmm-depth3": {"memory_depth": 3, "chunk_size": 4},
+        "mal-persistent-in-memory": {"variant": "mal", "persistent_in_memory": True, "chunk_size": 4},
         "lmm-linear-layer-norm": {"memory_depth": 1, "memory_layer_norm": True, "chunk_size": 4},
         "lmm-softplus-mean": {"theta_act": "softplus", "theta_norm": "chunk_mean", "chunk_size": 4},
         "mag-additive": {"variant": "mag", "gate": "additive", "chunk_size": 4},
