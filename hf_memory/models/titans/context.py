@@ -16,7 +16,7 @@ from hf_memory.kernels.grid import PackedRows
 from hf_memory.layers import MemoryRMSNorm, MemoryRotaryEmbedding, PersistentTokens, takes_additive_mask
 from hf_memory.layers.attention import additive_mask, eager_attention_forward
 from hf_memory.layers.norms import at_least_float32
-from hf_memory.layers.rotary import apply_rotary_pos_emb
+from hf_memory.layers.rotary import rotate
 
 from .configuration_titans import TitansConfig
 from .memory import States, TitansMemory
@@ -25,6 +25,9 @@ from .memory import States, TitansMemory
 # Names of a segment's states inside a cache layer, beside those of the memory.
 SEGMENT_PREFIX = "segment."
 KEYS_AND_VALUES = ("keys", "values", "context_keys", "context_values")
+
+# Cosine and sine of rotary positions.
+Tables = tuple[Tensor, Tensor]
 
 
 class Piece(NamedTuple):
@@ -160,7 +163,8 @@ class SegmentAttention(nn.Module):
 
     def write_context(self, rows: Tensor, slots: Tensor, written: Tensor, states: States) -> States:
         """Put memory tokens `[B, n, D]` where text tokens can see them."""
-        return self._write("context_", rows, slots, self.num_persistent + slots, written, states)
+        tables = self.rotary_emb(rows, self.num_persistent + slots)
+        return self._write("context_", rows, slots, tables, written, states)
 
     def forward(
         self,
@@ -184,9 +188,9 @@ class SegmentAttention(nn.Module):
         """
         first = self.num_persistent + self.num_memory
         slots = positions % self.segment_size  # those of tokens that are not there reach over the end
-        states = self._write("", hidden_states, slots, first + positions, piece.valid, states)
-        query = self._heads(self.q_proj(hidden_states))
-        query = self._rotate(query, first + positions)
+        tables = self.rotary_emb(hidden_states, first + positions)
+        states = self._write("", hidden_states, slots, tables, piece.valid, states)
+        query = rotate(self._heads(self.q_proj(hidden_states)), *tables)
 
         per_token = self.segment_size // self.num_memory
         num_context = piece.stop // per_token
@@ -228,25 +232,23 @@ class SegmentAttention(nn.Module):
         if layer is not None and layer.has_prefix and not torch.is_grad_enabled():
             return layer.prefix
         rows = self.persistent()
-        positions = torch.arange(self.num_persistent, device=rows.device)[None]
-        keys = self._rotate(self._heads(self.k_proj(rows)), positions)
-        values = self._heads(self.v_proj(rows))
+        tables = self.rotary_emb(rows, torch.arange(self.num_persistent, device=rows.device)[None])
+        keys, values = self._project(rows, tables)
         if layer is not None:
             layer.set_prefix(keys, values)
         return keys, values
 
     def _write(
-        self, kind: str, rows: Tensor, slots: Tensor, positions: Tensor, written: Tensor | None, states: States
+        self, kind: str, rows: Tensor, slots: Tensor, tables: Tables, written: Tensor | None, states: States
     ) -> States:
-        keys = self._rotate(self._heads(self.k_proj(rows)), positions)
-        values = self._heads(self.v_proj(rows))
         names = (kind + "keys", kind + "values")
         return states | {
-            name: write_slots(states[name], new, slots, written) for name, new in zip(names, (keys, values))
+            name: write_slots(states[name], new, slots, written)
+            for name, new in zip(names, self._project(rows, tables))
         }
 
-    def _rotate(self, heads: Tensor, positions: Tensor) -> Tensor:
-        return apply_rotary_pos_emb(heads, heads, *self.rotary_emb(heads, positions))[0]
+    def _project(self, rows: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        return rotate(self._heads(self.k_proj(rows)), *tables), self._heads(self.v_proj(rows))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
