@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,6 +60,9 @@ def tiny_config(source: str | PreTrainedConfig, **overrides: Any) -> PreTrainedC
         if kinds := list(dict.fromkeys(fields.get("layer_types") or [])):
             cut["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
             cut["num_hidden_layers"] = len(cut["layer_types"])
+    if "segment_size" in cut:
+        # A segment is a whole number of chunks.
+        cut["segment_size"] = math.lcm(cut["segment_size"], fields.get("chunk_size", 1))
     fields.update(cut, **overrides)
     fields.pop("model_type", None)
     try:
