@@ -296,3 +296,15 @@ def test_attention_of_mal_sees_its_window_and_the_memory_the_rest():
 def test_hybrids_refuse_memories_that_bring_attention(variant):
     with pytest.raises(ValueError, match="memories that stand alone.*leave `variant`"):
         MemoryHybridConfig(num_hidden_layers=2, memory_layers=[0], memory={"variant": variant})
+
+
+def test_rounding_does_not_grow_over_segments():
+    """What a memory recalls changes what it reads next: over 16 segments this must not amplify rounding."""
+    fields = SEGMENTS | {"segment_size": 64, "num_memory_tokens": 32, "chunk_size": 16, "initializer_range": 0.1}
+    model = randomized(num_hidden_layers=1, num_attention_heads=1, **fields)
+    with torch.no_grad():
+        model.model.layers[0].mixer.memory.gates.decay_proj.bias.add_(2)  # a memory that forgets 5 % per token
+    ids = torch.randint(50, (1, 1024))
+    exact, rounded = logits(model, ids), logits(copy.deepcopy(model).float(), ids)
+    error = (rounded - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert error[0, -50:].mean() < 1e-5
