@@ -91,7 +91,7 @@ class TitansConfig(MemoryConfig):
     sliding_window (`int`, *optional*, defaults to 2048):
         Tokens that attention of `"mag"` and `"mal"` sees, the token itself included.
     segment_size (`int`, *optional*, defaults to 512):
-        Tokens of a segment, inside which attention of `"mac"` sees; a multiple of `chunk_size`.
+        Tokens of a segment, the reach of attention in `"mac"`; a multiple of `chunk_size` and `num_memory_tokens`.
     num_memory_tokens (`int`, *optional*, defaults to 256):
         What `"mac"` recalls per segment: one memory token for each `segment_size / num_memory_tokens` tokens of text,
         which see it from the last of them on.

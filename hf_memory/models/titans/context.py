@@ -11,10 +11,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from hf_memory.cache import memory_layer
-from hf_memory.cache_layers import MemorySegmentCacheLayer
 from hf_memory.kernels.grid import PackedRows
 from hf_memory.layers import MemoryRMSNorm, MemoryRotaryEmbedding, PersistentTokens, takes_additive_mask
-from hf_memory.layers.attention import additive_mask, eager_attention_forward
+from hf_memory.layers.attention import additive_mask, eager_attention_forward, kept_prefix
 from hf_memory.layers.norms import at_least_float32
 from hf_memory.layers.rotary import rotate
 
@@ -181,7 +180,7 @@ class SegmentAttention(nn.Module):
             positions: `[B or 1, n]`, the slot of each in its segment.
             piece: the piece.
             states: keys and values of the segment, the memory tokens of this piece included.
-            prefix: what `project_prefix` returns.
+            prefix: what `project_prefix` returns; `None` without persistent tokens.
 
         Returns:
             `[B, n, D]`, and the states with the keys and values of the piece.
@@ -224,19 +223,11 @@ class SegmentAttention(nn.Module):
         )
         return self.o_proj(output.flatten(2)), states
 
-    def project_prefix(self, layer: MemorySegmentCacheLayer | None) -> tuple[Tensor, Tensor] | None:
-        """Keys and values `[1, H, N_p, d]` of the persistent tokens; decoding keeps them."""
-        if self.persistent is None:
-            return None
-        # Training needs a graph of its own in every call.
-        if layer is not None and layer.has_prefix and not torch.is_grad_enabled():
-            return layer.prefix
+    def project_prefix(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[1, H, N_p, d]` of the persistent tokens."""
         rows = self.persistent()
-        tables = self.rotary_emb(rows, torch.arange(self.num_persistent, device=rows.device)[None])
-        keys, values = self._project(rows, tables)
-        if layer is not None:
-            layer.set_prefix(keys, values)
-        return keys, values
+        positions = torch.arange(self.num_persistent, device=rows.device)[None]
+        return self._project(rows, self.rotary_emb(rows, positions))
 
     def _write(
         self, kind: str, rows: Tensor, slots: Tensor, tables: Tables, written: Tensor | None, states: States
@@ -307,7 +298,9 @@ class TitansContextAttention(nn.Module):
         batch, length = hidden_states.shape[:2]
         layer = memory_layer(past_key_values, self.layer_idx)
         states = layer.get_states() if layer is not None else None
-        prefix = self.attention.project_prefix(layer)
+        prefix = None
+        if self.attention.persistent is not None:
+            prefix = kept_prefix(layer, self.attention.project_prefix)
         if states is None:
             grid = SegmentGrid(batch, length, self.segment_size, None, padding_mask)
             segment, memory = self._start(hidden_states)
