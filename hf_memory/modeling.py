@@ -304,7 +304,7 @@ def packed_sequence_ids(cu_seqlens: Tensor, length: int) -> Tensor:
 def find_window(config: MemoryConfig, past_key_values: Cache | None) -> MemorySlidingCacheLayer | None:
     """First cache layer with a window; all of them have read the same tokens."""
     first = next(i for i, layer_type in enumerate(config.layer_types) if layer_type in (MEMORY_SLIDING, SLIDING))
-    return memory_layer(past_key_values, first)
+    return memory_layer(past_key_values, first, MemorySlidingCacheLayer)
 
 
 def find_positions(

@@ -147,6 +147,14 @@ def test_unfit_caches_get_a_sentence(model):
             windowed(ids, past_key_values=stock)
 
 
+@pytest.mark.parametrize("variant", ["mag", "mac", "mal"])
+def test_cache_of_another_variant_gets_a_sentence(variant):
+    ids = torch.randint(50, (1, 4))
+    _, cache = read(tiny(variant="lmm"), ids)
+    with pytest.raises(ValueError, match="needs a Memory.*has a MemoryCacheLayer there: a cache continues only"):
+        tiny(variant=variant)(ids, past_key_values=cache)
+
+
 def test_cache_of_another_batch_size_gets_a_sentence(model):
     _, cache = read(model, torch.randint(50, (2, 4)))
     with pytest.raises(ValueError, match="holds 2 rows, the input has 3"):

@@ -89,7 +89,7 @@ class SlidingWindowAttention(nn.Module):
         """
         query, key, value = (self._heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        layer = memory_layer(past_key_values, self.layer_idx)
+        layer = memory_layer(past_key_values, self.layer_idx, MemorySlidingCacheLayer)
         if layer is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, padding_mask=padding_mask)
         if self.persistent is not None:

@@ -11,6 +11,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from hf_memory.cache import memory_layer
+from hf_memory.cache_layers import MemorySegmentCacheLayer
 from hf_memory.kernels.grid import PackedRows
 from hf_memory.layers import MemoryRMSNorm, MemoryRotaryEmbedding, PersistentTokens, takes_additive_mask
 from hf_memory.layers.attention import additive_mask, eager_attention_forward, kept_prefix
@@ -296,7 +297,7 @@ class TitansContextAttention(nn.Module):
             rows = PackedRows(cu_seqlens, *hidden_states.shape[:2], hidden_states.device)
             return rows.pack(self(rows.unpack(hidden_states), rows.unpack(residual), rows.mask))
         batch, length = hidden_states.shape[:2]
-        layer = memory_layer(past_key_values, self.layer_idx)
+        layer = memory_layer(past_key_values, self.layer_idx, MemorySegmentCacheLayer)
         states = layer.get_states() if layer is not None else None
         prefix = None
         if self.attention.persistent is not None:
