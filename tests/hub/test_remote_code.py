@@ -140,6 +140,8 @@ def hybrid(base: str, layers: list[int], **fields) -> PreTrainedModel:
 MODELS = {
     "lmm": lambda: titans("lmm"),
     "mag": lambda: titans("mag"),
+    "mac": lambda: titans("mac"),
+    "mal": lambda: titans("mal"),
     "llama": lambda: hybrid("llama", [0, 2]),
     "gpt_neox": lambda: hybrid("gpt_neox", [1], memory_mode="retrofit", memory_window=8),
 }
