@@ -47,6 +47,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def warp_size() -> int:
+    """Threads of a warp (a wavefront on AMD's data-centre GPUs)."""
+    return 64 if _is_hip() else 32
+
+
 @torch.compiler.assume_constant_result
 def _multiprocessors(index: int | None) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count

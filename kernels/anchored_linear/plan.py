@@ -8,6 +8,7 @@ from dataclasses import dataclass
 WIDEST_TILE = {2: 64, 4: 32}
 NARROWEST_TILE = 16
 WIDEST_STATE = 256
+WIDEST_RESIDENT = 128
 H200_MULTIPROCESSORS = 132
 
 
@@ -33,19 +34,25 @@ class LinearPlan:
         tile: slots of a tile.
         block: the same as a power of two.
         key_block: rows of the memory in one product.
-        gradient_block: the same where queries and keys get their gradients, which takes eight accumulators.
+        gradient_block, gradient_columns: rows and columns of a product where queries and keys get their gradients,
+            which takes eight accumulators.
         value_block: columns in one product, where tiles run in parallel.
         chain_block: columns of one program of the chain.
-        warps: of every program; with four, kernels of the backward spill on some targets.
+        streams: whether the chain keeps its states in memory, where they do not fit registers.
+        stages: of the pipelines inside loops; operands in flight cost float32 kernels too many registers.
+        threads: of every program; with half as many, kernels of the backward spill on some targets.
     """
 
     tile: int
     block: int
     key_block: int
     gradient_block: int
+    gradient_columns: int
     value_block: int
     chain_block: int
-    warps: int = 8
+    streams: bool
+    stages: int
+    threads: int = 256
 
 
 def plan(
@@ -83,6 +90,9 @@ def plan(
         block=block,
         key_block=min(power_of_two(key_width), wide),
         gradient_block=min(power_of_two(key_width), wide, 32),
+        gradient_columns=min(widest, wide, 32),
         value_block=min(widest, wide),
         chain_block=chain,
+        stages=2 if itemsize == 2 else 1,
+        streams=itemsize == 4 or key_width > WIDEST_RESIDENT,
     )

@@ -8,14 +8,12 @@ import torch
 import triton
 from torch import Tensor
 
-from ..launch import dot_precision, launch, multiprocessors
+from ..launch import dot_precision, launch, multiprocessors, warp_size
 from .plan import LinearPlan, plan
 
 
 if TYPE_CHECKING:
     from ..compiled import KernelEntry, Target
-
-STAGES = 2
 
 # Dtype, width and chunk size of what is compiled ahead of time.
 CONFIGURATIONS = (
@@ -28,7 +26,7 @@ CONFIGURATIONS = (
 )
 FLOAT32 = (
     "base grad rows ends offset momentum last_offset last_momentum system system_out cot_grad cot_rows cot_ends "
-    "cot_offset cot_momentum cot_last_offset cot_last_momentum"
+    "cot_offset cot_momentum cot_last_offset cot_last_momentum cot_anchor"
 )
 TYPES = dict.fromkeys(FLOAT32.split(), "*fp32") | {
     "anchored": "*i64",
@@ -79,6 +77,11 @@ class LinearCall:
         """Tiles of all series."""
         return self.series * self.num_tiles
 
+    @property
+    def chains(self) -> int:
+        """Programs of the chain."""
+        return self.series * triton.cdiv(self.value_width, self.plan.chain_block)
+
     def scratch(self, like: Tensor, *shape: int) -> Tensor:
         """Uninitialised `[B, H, NT, ...]` in the dtype of `like`."""
         return like.new_empty(self.batch, self.heads, self.num_tiles, *shape)
@@ -94,6 +97,7 @@ class LinearCall:
             "V": self.value_width,
             "KB": self.plan.key_block,
             "GB": self.plan.gradient_block,
+            "GV": self.plan.gradient_columns,
             "VB": self.plan.value_block,
             "CB": self.plan.chain_block,
             "TILE": self.plan.tile,
@@ -107,11 +111,25 @@ class LinearCall:
         }
         return {name: value for name, value in known.items() if name in kernel.arg_names}
 
+    def uses(self, kernel: Callable) -> bool:
+        """Whether the call starts a kernel."""
+        if kernel.__name__.startswith("chain"):
+            return kernel.__name__.startswith("chain_stream") == self.plan.streams
+        return self.solves or kernel.__name__ != "prepare_kernel"
+
     def launch(self, kernel: Callable, programs: int, *tensors: Tensor | None, **own: object) -> None:
         """Start a kernel, whose parameters are its tensors, the sizes, the call's constants and its own."""
         sizes = (self.num_tokens, self.num_tiles, self.heads)
         constants = self.constants(kernel) | own | {"PRECISION": dot_precision(torch.float32)}
-        launch(kernel, programs, *tensors, *sizes, **constants, num_warps=self.plan.warps, num_stages=STAGES)
+        launch(
+            kernel,
+            programs,
+            *tensors,
+            *sizes,
+            **constants,
+            num_warps=self.plan.threads // warp_size(),
+            num_stages=self.plan.stages,
+        )
 
 
 def compile_calls(kernels: tuple[Callable, ...], target: "Target") -> list["KernelEntry"]:
@@ -129,6 +147,6 @@ def compile_calls(kernels: tuple[Callable, ...], target: "Target") -> list["Kern
             constants = call.constants(kernel) | {name: x for name, x in own.items() if name in kernel.arg_names}
             types = {n: TYPES.get(n, f"*{dtype}") for n in kernel.arg_names if n not in {*constants, "PRECISION"}}
             name = f"anchored_linear/{chunk} {kernel.__name__} {width} {dtype}"
-            if call.solves or kernel.__name__ not in ("prepare_kernel", "output_backward_kernel"):
-                found.append(KernelEntry(name, kernel, types, constants, cut.warps, STAGES))
+            if call.uses(kernel):
+                found.append(KernelEntry(name, kernel, types, constants, cut.threads // target.warp_size, cut.stages))
     return found

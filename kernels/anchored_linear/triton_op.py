@@ -14,6 +14,7 @@ from .triton_parallel import (
     output_kernel,
     tile_gradients_kernel,
 )
+from .triton_stream import chain_stream_backward_kernel, chain_stream_kernel
 from .triton_tiles import prepare_kernel
 
 
@@ -70,8 +71,10 @@ def _states(
     momenta = call.scratch(k, *shape) if call.has_momentum else None
     last_offset = torch.empty_like(offset)
     last_momentum = offset.new_empty(0) if momentum is None else torch.empty_like(momentum)
+    if call.plan.streams:
+        offset, momentum = offset.clone(), None if momentum is None else momentum.clone()
     call.launch(
-        chain_kernel, call.series * triton.cdiv(call.value_width, call.plan.chain_block),
+        chain_stream_kernel if call.plan.streams else chain_kernel, call.chains,
         k, v, w, f, u, base, rows, ends, anchored, offset, momentum, states, momenta, last_offset, last_momentum,
     )  # fmt: skip
     return w, f, u, system, inverse, states, momenta, last_offset, last_momentum
@@ -106,13 +109,14 @@ def _backward(
     call.launch(output_backward_kernel, call.tiles, q, k, grad, cot_out, cot_u)
     cot_states = torch.empty_like(states)
     cot_momenta = None if momenta is None else torch.empty_like(momenta)
-    cot_offset = torch.empty_like(offset)
-    cot_momentum = offset.new_empty(0) if momentum is None else torch.empty_like(momentum)
+    cot_offset = torch.zeros_like(offset)
+    cot_momentum = offset.new_empty(0) if momentum is None else torch.zeros_like(offset)
+    streams = [torch.zeros_like(offset) if call.tiles_per_chunk > 1 else None] if call.plan.streams else []
     call.launch(
-        chain_backward_kernel, call.series * triton.cdiv(call.value_width, call.plan.chain_block),
+        chain_stream_backward_kernel if call.plan.streams else chain_backward_kernel, call.chains,
         q, k, w, f, cot_out, cot_u, rows, ends, anchored,
         cot_last_offset.contiguous(), None if momentum is None else cot_last_momentum.contiguous(),
-        cot_states, cot_momenta, cot_offset, cot_momentum,
+        cot_states, cot_momenta, cot_offset, cot_momentum, *streams,
     )  # fmt: skip
     cot_q, cot_k, cot_v, cot_grad = (torch.empty_like(x) for x in (q, k, v, grad))
     weights = call.scratch(k, block, block)
@@ -120,6 +124,7 @@ def _backward(
     call.launch(
         tile_gradients_kernel, call.tiles,
         q, k, u, cot_out, cot_u, system, inverse, grad, rows, cot_v, cot_grad, weights, gram,
+        SOLVE_PRECISION=dot_precision(k.dtype),
     )  # fmt: skip
     blocks = triton.cdiv(call.key_width, call.plan.gradient_block)
     cot_rows, cot_ends = call.scratch(grad, blocks, 4, block), call.scratch(grad, blocks, 4)

@@ -94,7 +94,8 @@ def tile_gradients_kernel(
     q, k, u, cot_out, cot_u, system, inverse, grad, rows, cot_v, cot_grad, weights_out, gram_out,
     num_tokens, num_tiles, H,
     K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr, AT_DECAYED: tl.constexpr, SOLVE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, AT_DECAYED: tl.constexpr, SOLVE: tl.constexpr,
+    PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients that live on a tile: of values, of G, and the two [n, n] factors that keys and queries need.
 
@@ -140,7 +141,7 @@ def tile_gradients_kernel(
         store_matrix(gram_out + index * BLOCK * BLOCK, cot_gram, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
         cot_anchored = tl.where(t[None, :] < t[:, None], cot_system * gram, 0.0)
         picked = tl.where(c[None, :] == t[:, None], 1.0, 0.0)
-        cot_g += tl.dot(picked, cot_anchored, input_precision=PRECISION)
+        cot_g += tl.dot(picked, cot_anchored, input_precision=SOLVE_PRECISION)
     store_matrix(cot_grad + index * BLOCK * BLOCK, cot_g, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
 
 
@@ -164,7 +165,7 @@ def _product(x, y, i, j, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB:
 def operand_gradients_kernel(
     q, k, u, cot_out, cot_v, base, rows, states, momenta, cot_states, cot_momenta, weights, gram,
     cot_q, cot_k, cot_rows, cot_ends, num_tokens, num_tiles, H,
-    K: tl.constexpr, V: tl.constexpr, GB: tl.constexpr, VB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, GB: tl.constexpr, GV: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, AT_DECAYED: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, SOLVE: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -191,13 +192,13 @@ def operand_gradients_kernel(
     zeros = tl.zeros([BLOCK, GB], tl.float32)
 
     asked, asked_s, asked_base = zeros, zeros, zeros
-    for j in range(0, V, VB):
-        cot = load_slots(cot_out, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
-        asked += _back(cot, d, i, j, K, V, GB, VB, PRECISION)
+    for j in range(0, V, GV):
+        cot = load_slots(cot_out, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, GV)
+        asked += _back(cot, d, i, j, K, V, GB, GV, PRECISION)
         if HAS_MOMENTUM:
-            asked_s += _back(cot, s, i, j, K, V, GB, VB, PRECISION)
+            asked_s += _back(cot, s, i, j, K, V, GB, GV, PRECISION)
         if HAS_BASE:
-            asked_base += _back(cot, start, i, j, K, V, GB, VB, PRECISION)
+            asked_base += _back(cot, start, i, j, K, V, GB, GV, PRECISION)
     cot_queries = tl.load(rows)[:, None] * asked + tl.load(rows + BLOCK)[:, None] * asked_s + asked_base
     cot_queries += tl.dot(mixed, keys, input_precision=PRECISION)
     store_slots(cot_q, cot_queries, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, GB)
@@ -205,26 +206,26 @@ def operand_gradients_kernel(
 
     written, written_s = zeros, zeros
     keep, pull, carry = 0.0, 0.0, 0.0
-    for j in range(0, V, VB):
-        x = load_matrix(u + index * BLOCK * V, 0, j, BLOCK, V, BLOCK, VB)
-        written += _back(x, after_d, i, j, K, V, GB, VB, PRECISION)
-        keep += _product(d, after_d, i, j, K, V, GB, VB)
+    for j in range(0, V, GV):
+        x = load_matrix(u + index * BLOCK * V, 0, j, BLOCK, V, BLOCK, GV)
+        written += _back(x, after_d, i, j, K, V, GB, GV, PRECISION)
+        keep += _product(d, after_d, i, j, K, V, GB, GV)
         if HAS_MOMENTUM:
-            written_s += _back(x, after_s, i, j, K, V, GB, VB, PRECISION)
-            pull += _product(s, after_d, i, j, K, V, GB, VB)
-            carry += _product(s, after_s, i, j, K, V, GB, VB)
+            written_s += _back(x, after_s, i, j, K, V, GB, GV, PRECISION)
+            pull += _product(s, after_d, i, j, K, V, GB, GV)
+            carry += _product(s, after_s, i, j, K, V, GB, GV)
     cot_keys = tl.load(rows + 2 * BLOCK)[:, None] * written + tl.load(rows + 3 * BLOCK)[:, None] * written_s
     cot_keys += tl.dot(tl.trans(mixed), queries, input_precision=PRECISION)
     cot_write, cot_write_s = tl.sum(keys * written, 1), tl.sum(keys * written_s, 1)
 
     missed, missed_s, missed_base = zeros, zeros, zeros
-    for j in range(0, V, VB):
-        r = load_slots(cot_v, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
-        missed += _back(r, at, i, j, K, V, GB, VB, PRECISION)
+    for j in range(0, V, GV):
+        r = load_slots(cot_v, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, GV)
+        missed += _back(r, at, i, j, K, V, GB, GV, PRECISION)
         if HAS_MOMENTUM and SOLVE:
-            missed_s += _back(r, s, i, j, K, V, GB, VB, PRECISION)
+            missed_s += _back(r, s, i, j, K, V, GB, GV, PRECISION)
         if HAS_BASE:
-            missed_base += _back(r, start, i, j, K, V, GB, VB, PRECISION)
+            missed_base += _back(r, start, i, j, K, V, GB, GV, PRECISION)
     cot_keys -= missed_base
     if SOLVE:
         cot_keys -= tl.load(rows - t + c, mask=c >= 0, other=1.0)[:, None] * missed
