@@ -32,9 +32,9 @@ class XForSequenceClassification(MemoryForSequenceClassificationMixin, XPreTrain
     decoder_class = XModel
 ```
 
-A mixer is built as `mixer(config, layer_idx)` and called as `mixer(hidden_states, residual=, position_embeddings=,
-attention_mask=, padding_mask=, cu_seqlens=, past_key_values=, **kwargs)`. It maps normalised `[B, T, D]` to what is
-added to the residual stream `[B, T, D]`, and keeps what it must remember in its layer of the cache.
+A mixer is built as `mixer(config, layer_idx)` and called as `mixer(hidden_states, position_embeddings=,
+attention_mask=, padding_mask=, cu_seqlens=, past_key_values=, **kwargs)`. It maps `[B, T, D]` to `[B, T, D]` and keeps
+what it must remember in its layer of the cache.
 """
 
 from typing import ClassVar
@@ -98,8 +98,7 @@ class MemoryDecoderLayer(GradientCheckpointingLayer):
         self.mlp = MemoryMLP(config)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        mixed = self.mixer(self.input_layernorm(hidden_states), residual=hidden_states, **kwargs)
-        hidden_states = hidden_states + mixed
+        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **kwargs)
         return hidden_states + self.mlp(self.post_mixer_layernorm(hidden_states))
 
 

@@ -26,10 +26,9 @@ OPTIONS = {
 }
 
 
-def mixer_and_inputs(fields: dict, length: int) -> tuple[TitansContextAttention, torch.Tensor, torch.Tensor]:
+def mixer_and_inputs(fields: dict, length: int) -> tuple[TitansContextAttention, torch.Tensor]:
     model = randomized(num_hidden_layers=1, **SEGMENTS | fields)
-    x, residual = torch.randn(2, 1, length, 64, dtype=torch.float64)
-    return model.model.layers[0].mixer, x, residual
+    return model.model.layers[0].mixer, torch.randn(1, length, 64, dtype=torch.float64)
 
 
 def rotated(heads: torch.Tensor, position: int, inv_freq: torch.Tensor) -> torch.Tensor:
@@ -69,7 +68,7 @@ def frozen_answer(mixer: TitansContextAttention, query: torch.Tensor, states: di
     return q + z * norm[0] + norm[1]
 
 
-def token_by_token(mixer: TitansContextAttention, x: torch.Tensor, residual: torch.Tensor, literal: bool = False):
+def token_by_token(mixer: TitansContextAttention, x: torch.Tensor, literal: bool = False) -> torch.Tensor:
     """Spec (c6) for one row, one token after the other; `literal` shows all memory tokens to the whole segment."""
     cfg, attention = mixer.attention.config, mixer.attention
     size, count, prefix = cfg.segment_size, cfg.num_memory_tokens, cfg.num_persistent_tokens
@@ -99,7 +98,7 @@ def token_by_token(mixer: TitansContextAttention, x: torch.Tensor, residual: tor
             query = rotated(attention.q_proj(x[0, t]).view(4, 16), prefix + count + j, freq)
             weights = torch.einsum("hd,khd->hk", query, keys).div(4).softmax(-1)
             attended = attention.o_proj(torch.einsum("hk,khd->hd", weights, values).flatten())
-            joined = mixer.inner_norm(residual[0, t] + attended)
+            joined = mixer.inner_norm(x[0, t] + attended)
             with force_form("reference"):
                 read, states = mixer.memory.memorise(joined[None, None], states, None, None, True)
             gate = nn.functional.silu(mixer.memory_norm(read.flatten()))
@@ -110,19 +109,18 @@ def token_by_token(mixer: TitansContextAttention, x: torch.Tensor, residual: tor
 @pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)
 def test_segments_are_the_rule_token_by_token(fields):
     """Spec (c6), with inner gradients by autograd of the stated loss; one segment cut short."""
-    mixer, x, residual = mixer_and_inputs(fields, 19)
+    mixer, x = mixer_and_inputs(fields, 19)
     with torch.no_grad():
-        expected = token_by_token(mixer, x, residual)
-        torch.testing.assert_close(mixer(x, residual), expected, atol=1e-10, rtol=1e-8)
+        torch.testing.assert_close(mixer(x), token_by_token(mixer, x), atol=1e-10, rtol=1e-8)
 
 
 def test_outer_gradients_are_those_of_the_rule():
-    mixer, x, residual = mixer_and_inputs({}, 19)
+    mixer, x = mixer_and_inputs({}, 19)
     found = []
-    for compute in (mixer, lambda x, residual: token_by_token(mixer, x, residual)):
-        inputs = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
-        loss = (compute(*inputs) * torch.linspace(-1, 1, 64, dtype=x.dtype)).sum()
-        found.append(torch.autograd.grad(loss, [*inputs, *mixer.parameters()]))
+    for compute in (mixer, lambda x: token_by_token(mixer, x)):
+        inputs = x.clone().requires_grad_()
+        loss = (compute(inputs) * torch.linspace(-1, 1, 64, dtype=x.dtype)).sum()
+        found.append(torch.autograd.grad(loss, [inputs, *mixer.parameters()]))
     for actual, expected in zip(*found):
         torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-6)
 
@@ -138,11 +136,9 @@ def changed_one_by_one(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("fields", OPTIONS.values(), ids=OPTIONS)
 def test_no_output_depends_on_later_tokens(fields):
     """Spec (j) 3 for MAC, at every place of two segments and into a third."""
-    mixer, x, residual = mixer_and_inputs(fields, 20)
-    both = torch.cat((x, residual), -1)
+    mixer, x = mixer_and_inputs(fields, 20)
     with torch.no_grad():
-        rows = changed_one_by_one(both)
-        out = mixer(*rows.split(64, -1))
+        out = mixer(changed_one_by_one(x))
     change = (out[1:] - out[:1]).abs().amax(-1)
     place = torch.arange(20)
     assert change[place[:, None] > place].max() < 1e-12
@@ -152,17 +148,17 @@ def test_no_output_depends_on_later_tokens(fields):
 
 def test_the_rule_as_printed_leaks():
     """The check above can fail: with all memory tokens visible, the first output knows the whole segment."""
-    mixer, x, residual = mixer_and_inputs({}, 8)
+    mixer, x = mixer_and_inputs({}, 8)
     with torch.no_grad():
         changed = x.clone()
         changed[:, 7] += 1
-        before, after = (token_by_token(mixer, rows, residual, literal=True) for rows in (x, changed))
+        before, after = (token_by_token(mixer, rows, literal=True) for rows in (x, changed))
     assert (before - after)[:, 0].abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("fields", [{}, {"memory_depth": 1, "chunk_size": 1}], ids=["deep", "linear"])
 def test_recall_is_what_the_op_reads_when_it_learns_and_forgets_nothing(fields):
-    mixer, x, _ = mixer_and_inputs(fields, 16)
+    mixer, x = mixer_and_inputs(fields, 16)
     memory = mixer.memory
     query = torch.randn(1, 3, 4, 16, dtype=torch.float64)
     with torch.no_grad():

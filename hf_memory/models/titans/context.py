@@ -251,7 +251,7 @@ class TitansContextAttention(nn.Module):
 
     Per segment: memory tokens are what the memory, as it was before the segment, answers to the queries of r tokens at
     a time; attention `a` sees them once these r tokens have been read; the memory reads `u = norm(x + a)` token by
-    token, `x` being the residual stream, and its running answer `m` gives `W (norm(a) * silu(norm(m)))`.
+    token, `x` being what attention read, and its running answer `m` gives `W (norm(a) * silu(norm(m)))`.
 
     Args:
         config: configuration.
@@ -275,7 +275,6 @@ class TitansContextAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        residual: Tensor,
         padding_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -285,7 +284,6 @@ class TitansContextAttention(nn.Module):
 
         Args:
             hidden_states: normalised hidden states `[B, T, D]`.
-            residual: the same in front of their norm.
             padding_mask: `[B, T]` bool, true where a token is valid; others change no state and fill no slot.
             cu_seqlens: `[N + 1]` boundaries of sequences packed into one row.
             past_key_values: cache with a `MemorySegmentCacheLayer` at `layer_idx`.
@@ -295,7 +293,7 @@ class TitansContextAttention(nn.Module):
         """
         if cu_seqlens is not None:
             rows = PackedRows(cu_seqlens, *hidden_states.shape[:2], hidden_states.device)
-            return rows.pack(self(rows.unpack(hidden_states), rows.unpack(residual), rows.mask))
+            return rows.pack(self(rows.unpack(hidden_states), rows.mask))
         batch, length = hidden_states.shape[:2]
         layer = memory_layer(past_key_values, self.layer_idx, MemorySegmentCacheLayer)
         states = layer.get_states() if layer is not None else None
@@ -312,8 +310,8 @@ class TitansContextAttention(nn.Module):
         outputs = []
         for number, piece in enumerate(grid.pieces):
             is_needed = layer is not None or number + 1 < len(grid.pieces)
-            rows, above = grid.take(hidden_states, piece), grid.take(residual, piece)
-            output, segment, memory = self._read(rows, above, piece, segment, memory, prefix, is_needed)
+            rows = grid.take(hidden_states, piece)
+            output, segment, memory = self._read(rows, piece, segment, memory, prefix, is_needed)
             outputs.append(output)
         if layer is not None:
             layer.update_states(memory | {SEGMENT_PREFIX + name: x for name, x in segment.items()}, length)
@@ -336,7 +334,6 @@ class TitansContextAttention(nn.Module):
     def _read(
         self,
         hidden_states: Tensor,
-        residual: Tensor,
         piece: Piece,
         segment: States,
         memory: States | None,
@@ -350,7 +347,7 @@ class TitansContextAttention(nn.Module):
             positions = segment["position"][:, None] + positions
         segment = self._recall(hidden_states, positions, piece, segment)
         attended, segment = self.attention(hidden_states, positions, piece, segment, prefix)
-        joined = self.inner_norm(residual + attended)
+        joined = self.inner_norm(hidden_states + attended)
         read, memory = self.memory.memorise(joined, memory, piece.valid, None, is_needed)
         remembered = self.memory_norm(read.flatten(2))
         output = self.o_proj(self.attention_norm(attended) * nn.functional.silu(remembered))
