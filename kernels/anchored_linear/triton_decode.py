@@ -1,0 +1,249 @@
+"""One token of a matrix memory in one launch: `anchored_mlp/decode.py` for depth 1, in place.
+
+A program has a block of columns of one head's memory; with a LayerNorm it has all of them.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..anchored_mlp.triton_math import descent, output
+from ..compiled import KernelEntry, Target
+from ..decode_launch import entry_types, in_place_op, processors, whole_heads
+from ..decode_rows import (
+    FOLDED_ROWS,
+    append_gates,
+    buffer_tile,
+    fill_zero,
+    finish,
+    newest_coefficients,
+    phase_of,
+    some_rows,
+)
+from ..launch import dot_precision, launch
+
+
+class Plan(NamedTuple):
+    """How a launch is cut: block sizes, number of programs and warps."""
+
+    block_k: int
+    block_v: int
+    block_rows: int
+    programs: int
+    num_warps: int
+
+
+def plan(batch: int, heads: int, key_width: int, value_width: int, chunk: int, norm: bool, processors: int) -> Plan:
+    """Cut a launch: columns are split until every multiprocessor has two programs, down to 16 columns."""
+    padded = max(16, triton.next_power_of_2(value_width))
+    block_v = padded if norm else min(padded, 64)
+    while not norm and block_v > 16 and batch * heads * triton.cdiv(value_width, block_v) < 2 * processors:
+        block_v //= 2
+    num_warps = 8 if block_v >= 128 else 4
+    # A tile of the memory takes 16 registers of a thread, and one of the momentum as many.
+    block_k = min(max(16, triton.next_power_of_2(key_width)), 512 * num_warps // block_v)
+    programs = batch * heads * triton.cdiv(value_width, block_v)
+    return Plan(block_k, block_v, max(16, triton.next_power_of_2(chunk)), programs, num_warps)
+
+
+@triton.jit
+def products(
+    q, k, base, memory, momentum, keys, series, head, columns, p,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """k base, k D, q base, q D, q S, and q times every buffered key (row p: the new one)."""
+    key_base, key_memory, query_base = (tl.zeros([BLOCK_V], tl.float32),) * 3
+    query_memory, query_momentum = (tl.zeros([BLOCK_V], tl.float32),) * 2
+    scores = tl.zeros([BLOCK_ROWS], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        i = start + tl.arange(0, BLOCK_K)
+        at = (series * K + i)[:, None] * V + columns[None, :]
+        inside = (i < K)[:, None] & (columns < V)[None, :]
+        query = tl.load(q + i, mask=i < K, other=0.0).to(tl.float32)
+        key = tl.load(k + i, mask=i < K, other=0.0).to(tl.float32)
+        d = tl.load(memory + at, mask=inside, other=0.0)
+        key_memory += tl.sum(key[:, None] * d, axis=0)
+        query_memory += tl.sum(query[:, None] * d, axis=0)
+        if momentum is not None:
+            query_momentum += tl.sum(query[:, None] * tl.load(momentum + at, mask=inside, other=0.0), axis=0)
+        if base is not None:
+            w = tl.load(base + (head * K + i)[:, None] * V + columns[None, :], mask=inside, other=0.0)
+            key_base += tl.sum(key[:, None] * w, axis=0)
+            query_base += tl.sum(query[:, None] * w, axis=0)
+        rows = buffer_tile(keys, series, tl.arange(0, BLOCK_ROWS), i, p, key, CHUNK, K)
+        scores += tl.sum(rows * query[None, :], axis=1)
+    return key_base, key_memory, query_base, query_memory, query_momentum, scores
+
+
+@triton.jit
+def fold(
+    k, u, memory, momentum, keys, directions, series, columns, p, beta, f, m, grad, grad_momentum,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Move the anchor behind row p, whose direction is `u`."""
+    s = tl.arange(0, BLOCK_ROWS)
+    for start in range(0, K, BLOCK_K):
+        i = start + tl.arange(0, BLOCK_K)
+        at = (series * K + i)[:, None] * V + columns[None, :]
+        inside = (i < K)[:, None] & (columns < V)[None, :]
+        key = tl.load(k + i, mask=i < K, other=0.0).to(tl.float32)
+        d = tl.load(memory + at, mask=inside, other=0.0)
+        after = beta * d
+        if momentum is not None:
+            pace = tl.load(momentum + at, mask=inside, other=0.0)
+            after += f * pace
+            pace *= m
+        if CHUNK == 1:
+            step = tl.sum(grad, axis=0) * key[:, None] * u[None, :]
+            after += step
+            if momentum is not None:
+                pace += step
+        else:
+            for first in range(0, CHUNK, FOLDED_ROWS):
+                part = first + tl.arange(0, FOLDED_ROWS)
+                x = tl.trans(buffer_tile(keys, series, part, i, p, key, CHUNK, K))
+                rows = buffer_tile(directions, series, part, columns, p, u, CHUNK, V)
+                steps = some_rows(grad, s, part)[:, None] * rows
+                after = tl.dot(x, steps, after, input_precision=PRECISION)
+                if momentum is not None:
+                    steps = some_rows(grad_momentum, s, part)[:, None] * rows
+                    pace = tl.dot(x, steps, pace, input_precision=PRECISION)
+        tl.store(memory + at, after, mask=inside)
+        if momentum is not None:
+            tl.store(momentum + at, pace, mask=inside)
+
+
+@triton.jit
+def read_and_write(
+    q, k, v, base, weight, bias, decay, columns, beta, f, grad, p,
+    memory, momentum, keys, directions, series, head, eps,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Output of the token and its descent direction."""
+    key_base, key_memory, query_base, query_memory, query_momentum, scores = products(
+        q, k, base, memory, momentum, keys, series, head, columns, p, K, V, CHUNK, BLOCK_K, BLOCK_V, BLOCK_ROWS
+    )  # fmt: skip
+    if DECAY_FIRST:
+        key_memory *= tl.exp(tl.load(decay))
+    z, inside = (key_base + key_memory)[None, :], (columns < V)[None, :]
+    value = tl.load(v + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    has_norm: tl.constexpr = weight is not None
+    gamma, shift, key, query = key_base, key_base, value, value
+    if has_norm:
+        gamma = tl.load(weight + head * V + columns, mask=columns < V, other=0.0)
+        shift = tl.load(bias + head * V + columns, mask=columns < V, other=0.0)
+        key = tl.load(k + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+        query = tl.load(q + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
+    u = tl.sum(descent(z, key, value, gamma, shift, inside, eps, V, has_norm), axis=0)
+    rows = buffer_tile(directions, series, tl.arange(0, BLOCK_ROWS), columns, p, u, CHUNK, V)
+    r = query_base + beta * query_memory + f * query_momentum + tl.sum((grad * scores)[:, None] * rows, axis=0)
+    return output(query, r[None, :], gamma, shift, inside, eps, V, has_norm), u
+
+
+@triton.jit
+def linear_decode_kernel(
+    q, k, v, step, log_decay, log_momentum, base, weight, bias, mask, out,
+    memory, momentum, keys, values, step_rows, decay_rows, momentum_rows, directions, phase,
+    q_stride, k_stride, v_stride, H, eps,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
+    block, series = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
+    row, head = series // H, series % H
+    columns = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    out += series * V + columns
+    if mask is not None:
+        if not tl.load(mask + row):
+            tl.store(out, tl.zeros([BLOCK_V], tl.float32), mask=columns < V)
+            return
+    p = phase_of(phase, row)
+    q += row * q_stride + head * K
+    k += row * k_stride + head * K
+    v += row * v_stride + head * V
+    beta, f, m, grad, grad_momentum = newest_coefficients(
+        step, log_decay, log_momentum, step_rows, decay_rows, momentum_rows, series, 0, p, 1, CHUNK, BLOCK_ROWS
+    )
+    answer, u = read_and_write(
+        q, k, v, base, weight, bias, log_decay + series if DECAY_FIRST else None, columns, beta, f, grad, p,
+        memory, momentum, keys, directions, series, head, eps,
+        K, V, CHUNK, DECAY_FIRST, BLOCK_K, BLOCK_V, BLOCK_ROWS,
+    )  # fmt: skip
+    tl.store(out[None, :], answer, mask=(columns < V)[None, :])
+    is_full = p == CHUNK - 1
+    at = (series * CHUNK + p) * V + columns
+    if is_full:
+        fold(
+            k, u, memory, momentum, keys, directions, series, columns, p, beta, f, m, grad, grad_momentum,
+            K, V, CHUNK, BLOCK_K, BLOCK_ROWS, PRECISION,
+        )  # fmt: skip
+        tl.debug_barrier()
+        for s in range(CHUNK - 1):
+            tl.store(directions + (series * CHUNK + s) * V + columns, tl.zeros_like(u), mask=columns < V)
+            tl.store(values + (series * CHUNK + s) * V + columns, tl.zeros_like(u), mask=columns < V)
+    else:
+        tl.store(directions + at, u, mask=columns < V)
+        tl.store(values + at, tl.load(v + columns, mask=columns < V, other=0.0), mask=columns < V)
+        if block == 0:
+            append_gates(step, log_decay, log_momentum, step_rows, decay_rows, momentum_rows, series, 0, p, 1, CHUNK)
+            for start in range(0, K, BLOCK_K):
+                i = start + tl.arange(0, BLOCK_K)
+                tl.store(keys + (series * CHUNK + p) * K + i, tl.load(k + i, mask=i < K, other=0.0), mask=i < K)
+    # On the online grid nothing is ever buffered.
+    if CHUNK > 1:
+        is_last = finish(phase, row, p, H * blocks, CHUNK)
+        if is_last & is_full:
+            fill_zero(keys, row * H * CHUNK * K, H * CHUNK * K, 1024)
+            fill_zero(step_rows, row * H * CHUNK, H * CHUNK, 1024)
+            if log_decay is not None:
+                fill_zero(decay_rows, row * H * CHUNK, H * CHUNK, 1024)
+            if log_momentum is not None:
+                fill_zero(momentum_rows, row * H * CHUNK, H * CHUNK, 1024)
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, step: Tensor, log_decay: Tensor | None, log_momentum: Tensor | None,
+    base: Tensor | None, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None,
+    memory: Tensor, momentum: Tensor | None, keys: Tensor, values: Tensor, step_rows: Tensor,
+    decay_rows: Tensor | None, momentum_rows: Tensor | None, directions: Tensor, phase: Tensor,
+    decay_first: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    (batch, _, heads, key_width), value_width, chunk = q.shape, v.shape[-1], keys.shape[2]
+    out = torch.empty(batch, 1, heads, value_width, dtype=v.dtype, device=v.device)
+    q, k, v = (whole_heads(x) for x in (q, k, v))
+    cut = plan(batch, heads, key_width, value_width, chunk, weight is not None, processors(q.device))
+    launch(
+        linear_decode_kernel, cut.programs, q, k, v, step, log_decay, log_momentum, base, weight, bias, mask, out,
+        memory, momentum, keys, values, step_rows, decay_rows, momentum_rows, directions, phase,
+        q.stride(0), k.stride(0), v.stride(0), heads, eps,
+        K=key_width, V=value_width, CHUNK=chunk, DECAY_FIRST=decay_first and log_decay is not None,
+        BLOCK_K=cut.block_k, BLOCK_V=cut.block_v, BLOCK_ROWS=cut.block_rows, PRECISION=dot_precision(),
+        num_warps=cut.num_warps, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+decode = in_place_op("linear_decode", _step, operands=10)
+
+
+def compile_entries(target: Target) -> list[KernelEntry]:
+    """Plain memories of width 128 at batch 1 and 64, online and buffered, and the norm at widths 64 and 128."""
+    found = []
+    for width, batch, chunk, norm in (
+        (128, 1, 16, False), (128, 64, 64, False), (128, 64, 1, False), (256, 64, 16, False),
+        (64, 64, 16, True), (128, 1, 64, True),
+    ):  # fmt: skip
+        cut = plan(batch, 16, width, width, chunk, norm, target.processors)
+        constants = {"K": width, "V": width, "CHUNK": chunk, "DECAY_FIRST": chunk == 1, "mask": None}
+        constants |= {"BLOCK_K": cut.block_k, "BLOCK_V": cut.block_v, "BLOCK_ROWS": cut.block_rows}
+        constants |= {} if norm else {"base": None, "weight": None, "bias": None}
+        types = entry_types(linear_decode_kernel, {*constants, "PRECISION"})
+        name = f"linear decode{' norm' if norm else ''} D{width} B{batch} grid {chunk}"
+        found.append(KernelEntry(name, linear_decode_kernel, types, constants, cut.num_warps, 1, chunk > 1))
+    return found

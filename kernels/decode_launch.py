@@ -1,0 +1,62 @@
+"""What the Python sides of the decode kernels share."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import KernelInterface
+
+from .launch import is_interpreted
+
+
+PROCESSORS_WITHOUT_GPU = 8
+"""Multiprocessors that launches are cut for under Triton's interpreter."""
+
+ENTRY_TYPES = {
+    **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
+    **dict.fromkeys(("q_stride", "k_stride", "v_stride", "H"), "i32:16"),
+    "mask": "*i1",
+    "phase": "*i64",
+    "eps": "fp32",
+}
+"""Types of the parameters that are not float32 tensors, as the compile check wants them."""
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def processors(device: torch.device) -> int:
+    """Number of streaming multiprocessors of a device."""
+    return _processors(device) if device.type == "cuda" else PROCESSORS_WITHOUT_GPU
+
+
+def whole_heads(x: Tensor) -> Tensor:
+    """`[B, 1, H, D]` as it is where the heads of a row lie next to each other, otherwise a copy."""
+    return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
+
+
+def in_place_op(name: str, function: Callable[..., Tensor], operands: int) -> Callable[..., Tensor]:
+    """An op that overwrites its tensors from the argument number `operands` on, and returns outputs like its third one.
+
+    `torch.compile` traces `hf_memory::<name>` down to its kernel; outside of it the function is called as it is.
+    """
+    parameters = list(inspect.signature(function).parameters.values())[operands:]
+    state = [parameter.name for parameter in parameters if parameter.annotation in (Tensor, Tensor | None)]
+    op = torch.library.triton_op(f"hf_memory::{name}", function, mutates_args=state)
+    if is_interpreted():
+        # Only compiled kernels can be traced.
+        op.register_fake(lambda q, k, v, *rest: torch.empty_like(v, memory_format=torch.contiguous_format))
+
+    def run(*arguments: Tensor | float | None) -> Tensor:
+        return (op if torch.compiler.is_compiling() else function)(*arguments)
+
+    return run
+
+
+def entry_types(kernel: KernelInterface, constants: Iterable[str]) -> dict[str, str]:
+    """Types of a kernel's run-time parameters for the compile check."""
+    return {name: ENTRY_TYPES.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
