@@ -1,6 +1,5 @@
 """What the Python sides of the decode kernels share."""
 
-import functools
 import inspect
 from collections.abc import Callable, Iterable
 
@@ -10,9 +9,6 @@ from triton.runtime.jit import KernelInterface
 
 from .launch import is_interpreted
 
-
-PROCESSORS_WITHOUT_GPU = 8
-"""Multiprocessors that launches are cut for under Triton's interpreter."""
 
 ENTRY_TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
@@ -24,23 +20,13 @@ ENTRY_TYPES = {
 """Types of the parameters that are not float32 tensors, as the compile check wants them."""
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def processors(device: torch.device) -> int:
-    """Number of streaming multiprocessors of a device."""
-    return _processors(device) if device.type == "cuda" else PROCESSORS_WITHOUT_GPU
-
-
 def whole_heads(x: Tensor) -> Tensor:
     """`[B, 1, H, D]` as it is where the heads of a row lie next to each other, otherwise a copy."""
     return x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous()
 
 
 def in_place_op(name: str, function: Callable[..., Tensor], operands: int) -> Callable[..., Tensor]:
-    """An op that overwrites its tensors from the argument number `operands` on, and returns outputs like its third one.
+    """An op whose outputs are like its third argument, and which overwrites its tensors behind the first `operands`.
 
     `torch.compile` traces `hf_memory::<name>` down to its kernel; outside of it the function is called as it is.
     """

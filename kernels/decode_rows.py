@@ -14,8 +14,8 @@ MAX_ROWS = 64
 """Rows that a buffer may have: its coefficients are held in registers."""
 
 FOLDED_ROWS = tl.constexpr(16)
-"""Rows that a fold takes at a time, the least that tensor cores do. More would cost every token: the shared memory of a
-launch is that of its most demanding path."""
+"""Rows that a fold takes at a time, the least that tensor cores do. More would cost every token, folded or not: the
+shared memory of a launch is that of its most demanding path."""
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..anchored_mlp.triton_math import descent, output
 from ..compiled import KernelEntry, Target
-from ..decode_launch import entry_types, in_place_op, processors, whole_heads
+from ..decode_launch import entry_types, in_place_op, whole_heads
 from ..decode_rows import (
     FOLDED_ROWS,
     append_gates,
@@ -23,7 +23,7 @@ from ..decode_rows import (
     phase_of,
     some_rows,
 )
-from ..launch import dot_precision, launch
+from ..launch import dot_precision, launch, multiprocessors
 
 
 class Plan(NamedTuple):
@@ -217,13 +217,13 @@ def _step(
     (batch, _, heads, key_width), value_width, chunk = q.shape, v.shape[-1], keys.shape[2]
     out = torch.empty(batch, 1, heads, value_width, dtype=v.dtype, device=v.device)
     q, k, v = (whole_heads(x) for x in (q, k, v))
-    cut = plan(batch, heads, key_width, value_width, chunk, weight is not None, processors(q.device))
+    cut = plan(batch, heads, key_width, value_width, chunk, weight is not None, multiprocessors(q.device))
     launch(
         linear_decode_kernel, cut.programs, q, k, v, step, log_decay, log_momentum, base, weight, bias, mask, out,
         memory, momentum, keys, values, step_rows, decay_rows, momentum_rows, directions, phase,
         q.stride(0), k.stride(0), v.stride(0), heads, eps,
         K=key_width, V=value_width, CHUNK=chunk, DECAY_FIRST=decay_first and log_decay is not None,
-        BLOCK_K=cut.block_k, BLOCK_V=cut.block_v, BLOCK_ROWS=cut.block_rows, PRECISION=dot_precision(),
+        BLOCK_K=cut.block_k, BLOCK_V=cut.block_v, BLOCK_ROWS=cut.block_rows, PRECISION=dot_precision(memory.dtype),
         num_warps=cut.num_warps, num_stages=1,
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..anchored_linear import triton_decode as linear
+from ..anchored_linear.triton_decode import decode as decode_matrix
 from ..compiled import KernelEntry, Target
 from ..decode_launch import entry_types, in_place_op, whole_heads
 from ..decode_rows import (
@@ -286,12 +286,12 @@ def _step(
         feature, direction_0, direction_1, phase, q.stride(0), k.stride(0), v.stride(0), heads, eps,
         K=key_width, V=value_width, N=hidden, CHUNK=chunk, ACT=act,
         BLOCK_K=cut.block_k, BLOCK_V=cut.block_v, BLOCK_N=cut.block_n, BLOCK_ROWS=cut.block_rows,
-        PRECISION=dot_precision(), num_warps=cut.num_warps, num_stages=1,
+        PRECISION=dot_precision(memory_0.dtype), num_warps=cut.num_warps, num_stages=1,
     )  # fmt: skip
     return out
 
 
-_deep = in_place_op("mlp_decode", _step, operands=11)
+decode_two_layers = in_place_op("mlp_decode", _step, operands=11)
 
 
 def supports(inputs: Inputs) -> bool:
@@ -310,18 +310,17 @@ def supports(inputs: Inputs) -> bool:
     )
 
 
-def decode_step(inputs: Inputs, state: State, in_place: bool = False) -> tuple[Tensor, State]:
+def decode_step(inputs: Inputs, state: State) -> tuple[Tensor, State]:
     """Advance every row by one token (rows masked out stay as they are); arguments and results as `decode_form`.
 
     Args:
         inputs: checked operands with T == 1 that `supports` accepts.
-        state: state to continue from.
-        in_place: overwrite the tensors of `state`, which saves a copy of the whole state per token.
+        state: state to continue from; its tensors are overwritten if the options say `overwrite_state`.
 
     Returns:
         Outputs `[B, 1, H, V]` in the dtype of `v`, and the state behind the token.
     """
-    if not in_place:
+    if not inputs.options.overwrite_state:
         state = {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
     name, norm = memory_name(inputs), inputs.norm or (None, None)
     gates = [None if gate is None else gate.contiguous() for gate in inputs.gates]
@@ -335,8 +334,8 @@ def decode_step(inputs: Inputs, state: State, in_place: bool = False) -> tuple[T
     operands = (*inputs[:3], *gates, *bases, *norm, mask, *memories, *rows, state["phase"])
     options = inputs.options
     if inputs.depth == 1:
-        return linear.decode(*operands, options.decay_before_grad, options.eps), state
-    return _deep(*operands, options.activation, options.eps), state
+        return decode_matrix(*operands, options.decay_before_grad, options.eps), state
+    return decode_two_layers(*operands, options.activation, options.eps), state
 
 
 def compile_entries(target: Target) -> list[KernelEntry]:

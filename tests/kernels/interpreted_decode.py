@@ -1,13 +1,14 @@
 """Decode kernels in Triton's interpreter against the float64 reference; `test_triton_decode.py` runs this file."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from op_inputs import Case, assert_close, assert_states_close
 from torch import Tensor
 
-from hf_memory.kernels import AnchoredOptions, Gates, State, decode_launch
+from hf_memory import TitansConfig, TitansForCausalLM
+from hf_memory.cache import MemoryCache, StaticMemoryCache
+from hf_memory.kernels import AnchoredOptions, Gates, State, force_form
+from hf_memory.kernels.anchored_linear import triton_decode as linear
 from hf_memory.kernels.anchored_mlp.triton_decode import decode_step, supports
 from hf_memory.kernels.types import Inputs, check_inputs
 
@@ -45,7 +46,9 @@ def inputs_of(case: Case, start: int, mask: Tensor | None = None, dtype: torch.d
     weights = [w.float() for w in case.weights]
     affine = None if case.affine is None else tuple(x.float() for x in case.affine)
     q, k, v = (tokens[name].to(dtype) for name in "qkv")
-    inputs = check_inputs(q, k, v, gates, weights, affine, mask, AnchoredOptions(**case.options))
+    inputs = check_inputs(
+        q, k, v, gates, weights, affine, mask, AnchoredOptions(**{"overwrite_state": True, **case.options})
+    )
     return inputs._replace(q=q, k=k, v=v)
 
 
@@ -60,7 +63,7 @@ def test_a_period_of_tokens_equals_the_reference(name: str, processors: int, mon
     memory, options = CASES[name]
     if processors > 1 and memory["depth"] == 2:
         pytest.skip("a deep memory is never split")
-    monkeypatch.setattr(decode_launch, "PROCESSORS_WITHOUT_GPU", processors)
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: processors)
     width = {"shape": (2, 12, 2, 24)} if processors > 1 and "shape" not in memory else {}
     case = make(memory, options, **width)
     time, prompt = case.shape[1], 3
@@ -76,10 +79,137 @@ def test_a_period_of_tokens_equals_the_reference(name: str, processors: int, mon
     for t in range(prompt, time):
         inputs = inputs_of(case, t, mask[:, t : t + 1])
         assert supports(inputs)
-        out, after = decode_step(inputs, state, in_place=True)
+        out, after = decode_step(inputs, state)
         assert after is state
         phases.add(tuple(state["phase"].tolist()))
         assert_close(out, expected[:, t : t + 1], 3e-6, f"token {t}")
     assert_states_close(state, expected_state, 5e-6)
     assert state["phase"].tolist() == expected_state["phase"].tolist()
     assert len(phases) > options["chunk_size"] or options["chunk_size"] == 1
+
+
+def prompted(case: Case, prompt: int) -> State:
+    _, state = case("chunk", tokens=case.sliced(0, prompt), output_final_state=True)
+    return {name: x.contiguous() for name, x in float_state(state).items()}
+
+
+@pytest.mark.parametrize("memory", [LINEAR, DEEP], ids=["linear", "deep"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_operands(memory: dict, dtype: torch.dtype):
+    """The state stays float32, and what is read is what the rounded operands say."""
+    case = make(memory, {"chunk_size": 3} | INIT)
+    case.q, case.k, case.v = (x.to(dtype).double() for x in (case.q, case.k, case.v))
+    state = prompted(case, 3)
+    expected, final = case("reference", output_final_state=True)
+    for t in range(3, 8):
+        out, state = decode_step(inputs_of(case, t, dtype=dtype), state)
+        assert out.dtype == dtype and out.is_contiguous()
+        assert_close(out, expected[:, t : t + 1], 2e-3 if dtype == torch.float16 else 1e-2)
+    expected, final = case("reference", tokens=case.sliced(0, 8), output_final_state=True)
+    assert_states_close(state, final, 5e-6)
+
+
+@pytest.mark.parametrize("memory", [LINEAR, DEEP], ids=["linear", "deep"])
+def test_a_state_is_only_overwritten_on_request(memory: dict):
+    case = make(memory, {"chunk_size": 3} | INIT).to(torch.float32)
+    before = prompted(case, 5)
+    kept = {name: x.clone() for name, x in before.items()}
+    tokens = case.sliced(5, 6)
+    out, after = case("triton", tokens=tokens, initial_state=before, output_final_state=True)
+    assert all(torch.equal(before[name], kept[name]) for name in kept)
+    assert not {x.data_ptr() for x in before.values()} & {x.data_ptr() for x in after.values()}
+    case.options["overwrite_state"] = True
+    again, same = case("triton", tokens=tokens, initial_state=before, output_final_state=True)
+    assert torch.equal(out, again) and all(same[name] is before[name] for name in before)
+    assert_states_close(before, after, 0)
+
+
+def test_operands_may_be_views():
+    """q, k and v as slices of one projection, expanded gates, a mask that is a slice."""
+    case = make(LINEAR, {"chunk_size": 3, "overwrite_state": False}, shape=(2, 6, 2, 8)).to(torch.float32)
+    state = prompted(case, 3)
+    mask = torch.tensor([[True, False], [False, True]])[:, 1:]
+    inputs = inputs_of(case, 4, mask)
+    expected, _ = decode_step(inputs, state)
+    mixed = torch.cat([x.flatten(2) for x in inputs[:3]], dim=-1).unflatten(-1, (3, 2, 8))
+    q, k, v = mixed.unbind(-3)
+    out, _ = decode_step(inputs._replace(q=q, k=k, v=v), state)
+    assert torch.equal(out, expected)
+    q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    gates = Gates(*(x.mT.contiguous().mT for x in inputs.gates))
+    out, _ = decode_step(inputs._replace(q=q, k=k, v=v, gates=gates), state)
+    assert torch.equal(out, expected)
+
+
+def test_what_the_kernels_do_not_take_goes_to_the_other_form():
+    for memory, options in (
+        (LINEAR | {"kind": "channel"}, {"chunk_size": 4}),
+        ({"depth": 3}, {"chunk_size": 4} | INIT),
+        (LINEAR, {"chunk_size": 65}),
+    ):
+        case = make(memory, options)
+        assert not supports(inputs_of(case, 0))
+        case.to(torch.float32)
+        state = prompted(case, 3)
+        out, _ = case("triton", tokens=case.sliced(3, 4), initial_state=state)
+        assert torch.equal(out, case("chunk", tokens=case.sliced(3, 4), initial_state=state)[0])
+    case = make(LINEAR, {"chunk_size": 4})
+    assert not supports(inputs_of(case, 0, dtype=torch.float64))
+    inputs = inputs_of(case, 0)
+    assert supports(inputs) and not supports(inputs._replace(q=inputs.q.requires_grad_()))
+    with torch.no_grad():
+        assert supports(inputs)
+
+
+@pytest.mark.parametrize("memory", [LINEAR, DEEP], ids=["linear", "deep"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_decoding_compiles_to_one_graph(memory: dict, overwrite: bool):
+    case = make(memory, {"chunk_size": 3, "overwrite_state": overwrite} | INIT).to(torch.float32).require_grad()
+    with torch.no_grad():
+        final = prompted(case, 4)
+        expected, want_state = case("chunk", tokens=case.sliced(4, 10), initial_state=final, output_final_state=True)
+        final = {name: x.clone() for name, x in final.items()}
+        step = torch.compile(
+            lambda tokens, state: case("triton", tokens=tokens, initial_state=state, output_final_state=True),
+            fullgraph=True,
+            backend="eager",
+        )
+        torch._dynamo.reset()
+        for t in range(4, 10):
+            with torch._dynamo.config.patch(error_on_recompile=t > 5):
+                out, final = step(case.sliced(t, t + 1), final)
+            assert_close(out, expected[:, t - 4 : t - 3], 3e-6)
+    assert_states_close(final, want_state, 5e-6)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_model_decodes_where_its_cache_lies(depth: int, kind: str):
+    """As without the kernels; forks, states that somebody kept and the learned start stay as they were."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    config = TitansConfig(**sizes, num_attention_heads=2, chunk_size=3, memory_depth=depth, memory_expansion=2)
+    model = TitansForCausalLM(config).eval()
+    ids = torch.randint(50, (2, 10))
+    parameters = {name: x.clone() for name, x in model.named_parameters()}
+    cache = MemoryCache(config) if kind == "dynamic" else StaticMemoryCache(config, max_cache_len=16)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model(ids[:, :4], past_key_values=cache)
+        kept = cache.layers[0].get_states()
+        copies, addresses = {name: x.clone() for name, x in kept.items()}, set()
+        for t in range(4, 7):
+            with force_form("triton"):
+                logits = model(ids[:, t : t + 1], past_key_values=cache).logits
+            torch.testing.assert_close(logits, expected[:, t : t + 1], atol=1e-5, rtol=1e-4)
+            addresses.add(cache.layers[0].states["memory.keys"].data_ptr())
+            if t == 5:
+                fork = cache.clone()
+        for tokens in (ids[:, 6:], ids[:, 6:7]):
+            with force_form("triton" if tokens.shape[1] == 1 else None):
+                logits = model(tokens, past_key_values=fork.clone()).logits
+            torch.testing.assert_close(logits, expected[:, 6 : 6 + tokens.shape[1]], atol=1e-5, rtol=1e-4)
+    # A dynamic layer copies once, as somebody holds what the prompt left.
+    assert len(addresses) == 1 and (kept["memory.keys"].data_ptr() in addresses) == (kind == "static")
+    if kind == "dynamic":
+        assert all(torch.equal(kept[name], copies[name]) for name in copies)
+    assert all(torch.equal(x, parameters[name]) for name, x in model.named_parameters())
