@@ -14,8 +14,8 @@ MAX_ROWS = 64
 """Rows that a buffer may have: its coefficients are held in registers."""
 
 FOLDED_ROWS = tl.constexpr(16)
-"""Rows that a fold takes at a time, the least that tensor cores do. More would cost every token, folded or not: the
-shared memory of a launch is that of its most demanding path."""
+"""Rows of a buffer that a fold takes at a time, the least that tensor cores do. More would cost every token, folded or
+not: the registers and the shared memory of a program are those of its most demanding path."""
 
 
 @triton.jit
@@ -119,3 +119,49 @@ def buffer_tile(rows, series, s, columns, p, newest, CHUNK: tl.constexpr, WIDTH:
     at = (series * CHUNK + s)[:, None] * WIDTH + columns[None, :]
     inside = (s < p)[:, None] & (columns < WIDTH)[None, :]
     return tl.where((s == p)[:, None], newest[None, :], tl.load(rows + at, mask=inside, other=0.0))
+
+
+@triton.jit
+def sum_rows(rows, weights, s, series, columns, p, newest, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of a buffer, row p being `newest`, summed with weights over rows `s`; only those that exist are read."""
+    total = tl.zeros_like(newest)
+    for first in range(0, p + 1, FOLDED_ROWS):
+        part = first + tl.arange(0, FOLDED_ROWS)
+        tile = buffer_tile(rows, series, part, columns, p, newest, CHUNK, WIDTH)
+        total += tl.sum(some_rows(weights, s, part)[:, None] * tile, axis=0)
+    return total
+
+
+@triton.jit
+def load_rows(rows, series, part, columns, CHUNK: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows `[part, columns]` of a full buffer `[B, H, CHUNK, WIDTH]`."""
+    inside = (part < CHUNK)[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(rows + (series * CHUNK + part)[:, None] * WIDTH + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def fold_matrix(
+    memory, momentum, inputs, directions, series, s, columns, beta, f, m, grad, grad_momentum,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Move the anchor of columns `[K, columns]` of a matrix behind the last row of its full buffers, by `BLOCK` rows."""
+    for start in range(0, K, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        at = (series * K + i)[:, None] * V + columns[None, :]
+        inside = (i < K)[:, None] & (columns < V)[None, :]
+        d = tl.load(memory + at, mask=inside, other=0.0)
+        after = beta * d
+        if momentum is not None:
+            pace = tl.load(momentum + at, mask=inside, other=0.0)
+            after += f * pace
+            pace *= m
+        for first in range(0, CHUNK, FOLDED_ROWS):
+            part = first + tl.arange(0, FOLDED_ROWS)
+            x = tl.trans(load_rows(inputs, series, part, i, CHUNK, K))
+            u = load_rows(directions, series, part, columns, CHUNK, V)
+            after = tl.dot(x, some_rows(grad, s, part)[:, None] * u, after, input_precision=PRECISION)
+            if momentum is not None:
+                pace = tl.dot(x, some_rows(grad_momentum, s, part)[:, None] * u, pace, input_precision=PRECISION)
+        tl.store(memory + at, after, mask=inside)
+        if momentum is not None:
+            tl.store(momentum + at, pace, mask=inside)

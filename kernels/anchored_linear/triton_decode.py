@@ -14,14 +14,14 @@ from ..anchored_mlp.triton_math import descent, output
 from ..compiled import KernelEntry, Target
 from ..decode_launch import entry_types, in_place_op, whole_heads
 from ..decode_rows import (
-    FOLDED_ROWS,
     append_gates,
     buffer_tile,
     fill_zero,
     finish,
+    fold_matrix,
     newest_coefficients,
     phase_of,
-    some_rows,
+    sum_rows,
 )
 from ..launch import dot_precision, launch, multiprocessors
 
@@ -80,42 +80,63 @@ def products(
 
 
 @triton.jit
-def fold(
-    k, u, memory, momentum, keys, directions, series, columns, p, beta, f, m, grad, grad_momentum,
-    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+def fold_online(
+    k, u, memory, momentum, series, columns, beta, f, m, theta,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Move the anchor behind row p, whose direction is `u`."""
-    s = tl.arange(0, BLOCK_ROWS)
+    """Move the anchor behind the token, where every token does."""
     for start in range(0, K, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
         at = (series * K + i)[:, None] * V + columns[None, :]
         inside = (i < K)[:, None] & (columns < V)[None, :]
         key = tl.load(k + i, mask=i < K, other=0.0).to(tl.float32)
-        d = tl.load(memory + at, mask=inside, other=0.0)
-        after = beta * d
+        step = (theta * key)[:, None] * u[None, :]
+        after = beta * tl.load(memory + at, mask=inside, other=0.0) + step
         if momentum is not None:
             pace = tl.load(momentum + at, mask=inside, other=0.0)
             after += f * pace
-            pace *= m
-        if CHUNK == 1:
-            step = tl.sum(grad, axis=0) * key[:, None] * u[None, :]
-            after += step
-            if momentum is not None:
-                pace += step
-        else:
-            for first in range(0, CHUNK, FOLDED_ROWS):
-                part = first + tl.arange(0, FOLDED_ROWS)
-                x = tl.trans(buffer_tile(keys, series, part, i, p, key, CHUNK, K))
-                rows = buffer_tile(directions, series, part, columns, p, u, CHUNK, V)
-                steps = some_rows(grad, s, part)[:, None] * rows
-                after = tl.dot(x, steps, after, input_precision=PRECISION)
-                if momentum is not None:
-                    steps = some_rows(grad_momentum, s, part)[:, None] * rows
-                    pace = tl.dot(x, steps, pace, input_precision=PRECISION)
+            tl.store(momentum + at, m * pace + step, mask=inside)
         tl.store(memory + at, after, mask=inside)
-        if momentum is not None:
-            tl.store(momentum + at, pace, mask=inside)
+
+
+@triton.jit
+def append(
+    k, v, u, keys, values, directions, series, columns, p,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Write row p. Every column block writes the key, which is the same in all, since a fold reads it from there."""
+    at = series * CHUNK + p
+    for start in range(0, K, BLOCK_K):
+        i = start + tl.arange(0, BLOCK_K)
+        tl.store(keys + at * K + i, tl.load(k + i, mask=i < K, other=0.0).to(tl.float32), mask=i < K)
+    value = tl.load(v + columns, mask=columns < V, other=0.0)
+    tl.store(values + at * V + columns, value.to(tl.float32), mask=columns < V)
+    tl.store(directions + at * V + columns, u, mask=columns < V)
+
+
+@triton.jit
+def fold_columns(
+    memory, momentum, keys, directions, series, block, beta, f, m, grad, grad_momentum,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Move the anchor of a block of columns behind its full buffers."""
+    width: tl.constexpr = min(BLOCK_V, 64)
+    for start in range(0, BLOCK_V, width):
+        columns = block * BLOCK_V + start + tl.arange(0, width)
+        fold_matrix(
+            memory, momentum, keys, directions, series, tl.arange(0, BLOCK_ROWS), columns,
+            beta, f, m, grad, grad_momentum, K, V, CHUNK, 32, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def empty_columns(values, directions, series, columns, V: tl.constexpr, CHUNK: tl.constexpr):
+    """Zero a block of columns of all rows."""
+    for s in range(CHUNK):
+        at = (series * CHUNK + s) * V + columns
+        tl.store(directions + at, tl.zeros_like(columns).to(tl.float32), mask=columns < V)
+        tl.store(values + at, tl.zeros_like(columns).to(tl.float32), mask=columns < V)
 
 
 @triton.jit
@@ -141,8 +162,8 @@ def read_and_write(
         key = tl.load(k + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
         query = tl.load(q + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     u = tl.sum(descent(z, key, value, gamma, shift, inside, eps, V, has_norm), axis=0)
-    rows = buffer_tile(directions, series, tl.arange(0, BLOCK_ROWS), columns, p, u, CHUNK, V)
-    r = query_base + beta * query_memory + f * query_momentum + tl.sum((grad * scores)[:, None] * rows, axis=0)
+    r = query_base + beta * query_memory + f * query_momentum
+    r += sum_rows(directions, grad * scores, tl.arange(0, BLOCK_ROWS), series, columns, p, u, CHUNK, V)
     return output(query, r[None, :], gamma, shift, inside, eps, V, has_norm), u
 
 
@@ -176,27 +197,21 @@ def linear_decode_kernel(
         K, V, CHUNK, DECAY_FIRST, BLOCK_K, BLOCK_V, BLOCK_ROWS,
     )  # fmt: skip
     tl.store(out[None, :], answer, mask=(columns < V)[None, :])
-    is_full = p == CHUNK - 1
-    at = (series * CHUNK + p) * V + columns
-    if is_full:
-        fold(
-            k, u, memory, momentum, keys, directions, series, columns, p, beta, f, m, grad, grad_momentum,
-            K, V, CHUNK, BLOCK_K, BLOCK_ROWS, PRECISION,
-        )  # fmt: skip
-        tl.debug_barrier()
-        for s in range(CHUNK - 1):
-            tl.store(directions + (series * CHUNK + s) * V + columns, tl.zeros_like(u), mask=columns < V)
-            tl.store(values + (series * CHUNK + s) * V + columns, tl.zeros_like(u), mask=columns < V)
+    if CHUNK == 1:
+        fold_online(k, u, memory, momentum, series, columns, beta, f, m, tl.sum(grad, axis=0), K, V, BLOCK_K)
     else:
-        tl.store(directions + at, u, mask=columns < V)
-        tl.store(values + at, tl.load(v + columns, mask=columns < V, other=0.0), mask=columns < V)
-        if block == 0:
+        append(k, v, u, keys, values, directions, series, columns, p, K, V, CHUNK, BLOCK_K)
+        is_full = p == CHUNK - 1
+        if is_full:
+            tl.debug_barrier()  # row p is written
+            fold_columns(
+                memory, momentum, keys, directions, series, block, beta, f, m, grad, grad_momentum,
+                K, V, CHUNK, BLOCK_V, BLOCK_ROWS, PRECISION,
+            )  # fmt: skip
+            tl.debug_barrier()  # every warp has read the rows
+            empty_columns(values, directions, series, columns, V, CHUNK)
+        elif block == 0:
             append_gates(step, log_decay, log_momentum, step_rows, decay_rows, momentum_rows, series, 0, p, 1, CHUNK)
-            for start in range(0, K, BLOCK_K):
-                i = start + tl.arange(0, BLOCK_K)
-                tl.store(keys + (series * CHUNK + p) * K + i, tl.load(k + i, mask=i < K, other=0.0), mask=i < K)
-    # On the online grid nothing is ever buffered.
-    if CHUNK > 1:
         is_last = finish(phase, row, p, H * blocks, CHUNK)
         if is_last & is_full:
             fill_zero(keys, row * H * CHUNK * K, H * CHUNK * K, 1024)

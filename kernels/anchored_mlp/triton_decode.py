@@ -16,17 +16,17 @@ from ..anchored_linear.triton_decode import decode as decode_matrix
 from ..compiled import KernelEntry, Target
 from ..decode_launch import entry_types, in_place_op, whole_heads
 from ..decode_rows import (
-    FOLDED_ROWS,
     MAX_ROWS,
     append_gates,
     buffer_tile,
     fill_zero,
     finish,
+    fold_matrix,
     newest_coefficients,
     phase_of,
-    some_rows,
+    sum_rows,
 )
-from ..launch import dot_precision, kernels_run_on, launch
+from ..launch import dot_precision, kernels_run_on, launch, multiprocessors
 from ..state import memory_name
 from ..types import Inputs, State
 from .triton_math import activation, descent, output
@@ -46,10 +46,14 @@ class Plan(NamedTuple):
     num_warps: int
 
 
-def plan(key_width: int, value_width: int, hidden: int, chunk: int) -> Plan:
-    """Cut a launch: blocks of hidden units whose matrices take 16 registers of a thread each."""
+def plan(programs: int, key_width: int, value_width: int, hidden: int, chunk: int, processors: int) -> Plan:
+    """Cut a launch: blocks of hidden units whose matrices take 16 registers of a thread each.
+
+    A program that has a multiprocessor to itself takes twice the warps and the block; otherwise three programs share
+    one.
+    """
     block_k, block_v = (max(16, triton.next_power_of_2(width)) for width in (key_width, value_width))
-    num_warps = 8
+    num_warps = 8 if programs <= processors else 4
     widest = max(block_k, block_v)
     block_n = max(16, min(triton.next_power_of_2(hidden), 512 * num_warps // widest))
     return Plan(block_k, block_v, block_n, max(16, triton.next_power_of_2(chunk)), num_warps)
@@ -84,8 +88,7 @@ def forward_units(
         )  # fmt: skip
         z = tl.sum(key[:, None] * (w + d), axis=0)
         r = tl.sum(query[:, None] * (w + beta * d + f * pace), axis=0)
-        rows = buffer_tile(direction_0, series, s, j, p, tl.zeros_like(z), CHUNK, N)
-        r += tl.sum(weights[:, None] * rows, axis=0)
+        r += sum_rows(direction_0, weights, s, series, j, p, tl.zeros_like(z), CHUNK, N)
         at = (series * CHUNK + p) * N + j
         tl.store(direction_0 + at, z, mask=j < N)
         tl.store(feature + at, r, mask=j < N)
@@ -131,52 +134,15 @@ def backward_units(
 
 @triton.jit
 def fold_layer(
-    memory, momentum, narrow, wide, x_new, u_new, series, s, beta, f, m, grad, grad_momentum, i, j, p,
-    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    memory, momentum, inputs, directions, coefficients, series, s,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Move the block `[i, j]` of a layer's anchor behind row p, whose input is `x_new` and whose direction `u_new`."""
-    at = series * K * V + i[:, None] * V + j[None, :]
-    inside = (i < K)[:, None] & (j < V)[None, :]
-    d = tl.load(memory + at, mask=inside, other=0.0)
-    after = beta * d
-    if momentum is not None:
-        pace = tl.load(momentum + at, mask=inside, other=0.0)
-        after += f * pace
-        pace *= m
-    for first in range(0, CHUNK, FOLDED_ROWS):
-        part = first + tl.arange(0, FOLDED_ROWS)
-        x = tl.trans(buffer_tile(narrow, series, part, i, p, x_new, CHUNK, K))
-        u = buffer_tile(wide, series, part, j, p, u_new, CHUNK, V)
-        after = tl.dot(x, some_rows(grad, s, part)[:, None] * u, after, input_precision=PRECISION)
-        if momentum is not None:
-            pace = tl.dot(x, some_rows(grad_momentum, s, part)[:, None] * u, pace, input_precision=PRECISION)
-    tl.store(memory + at, after, mask=inside)
-    if momentum is not None:
-        tl.store(momentum + at, pace, mask=inside)
-
-
-@triton.jit
-def fold(
-    key, u_1, first, second, memory_0, memory_1, momentum_0, momentum_1, keys, feature, direction_0, direction_1,
-    series, p, columns, K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Move the anchors of both layers behind row p; `first` and `second` are their coefficients."""
-    i, s = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_ROWS)
-    for start in range(0, N, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N)
-        at = (series * CHUNK + p) * N + j
-        u_0 = tl.load(direction_0 + at, mask=j < N, other=0.0)
-        x_1 = tl.load(feature + at, mask=j < N, other=0.0)
-        beta, f, m, grad, grad_momentum = first
-        fold_layer(
-            memory_0, momentum_0, keys, direction_0, key, u_0, series, s, beta, f, m, grad, grad_momentum, i, j, p,
-            K, N, CHUNK, PRECISION,
-        )  # fmt: skip
-        beta, f, m, grad, grad_momentum = second
-        fold_layer(
-            memory_1, momentum_1, feature, direction_1, x_1, u_1, series, s, beta, f, m, grad, grad_momentum,
-            j, columns, p, N, V, CHUNK, PRECISION,
+    """Move the anchor of a layer behind its full buffers."""
+    beta, f, m, grad, grad_momentum = coefficients
+    for start in range(0, V, 64):
+        fold_matrix(
+            memory, momentum, inputs, directions, series, s, start + tl.arange(0, 64),
+            beta, f, m, grad, grad_momentum, K, V, CHUNK, BLOCK, PRECISION,
         )  # fmt: skip
 
 
@@ -243,26 +209,24 @@ def mlp_decode_kernel(
         u, tl.sum(tl.where(s == p, weights, 0.0), axis=0), second[0], second[1], base_1, memory_1, momentum_1,
         feature, direction_0, series, head, p, columns, V, N, CHUNK, BLOCK_N, BLOCK_ROWS, ACT,
     )  # fmt: skip
-    rows = buffer_tile(direction_1, series, s, columns, p, u, CHUNK, V)
-    r += tl.sum((second[3] * scores)[:, None] * rows, axis=0)
+    r += sum_rows(direction_1, second[3] * scores, s, series, columns, p, u, CHUNK, V)
     answer = output(as_query, r[None, :], gamma, shift, inside, eps, V, has_norm)
     tl.store((out + series * V + columns)[None, :], answer, mask=inside)
+    at = series * CHUNK + p
+    tl.store(keys + at * K + i, key, mask=i < K)
+    tl.store(values + at * V + columns, value, mask=columns < V)
+    tl.store(direction_1 + at * V + columns, u, mask=columns < V)
     if p == CHUNK - 1:
         tl.debug_barrier()  # row p of the buffers is written
-        fold(
-            key, u, first, second, memory_0, memory_1, momentum_0, momentum_1, keys, feature, direction_0, direction_1,
-            series, p, columns, K, V, N, CHUNK, BLOCK_K, BLOCK_N, BLOCK_ROWS, PRECISION,
-        )  # fmt: skip
+        fold_block: tl.constexpr = 16 if BLOCK_V <= 64 else 32
+        fold_layer(memory_0, momentum_0, keys, direction_0, first, series, s, K, N, CHUNK, fold_block, PRECISION)
+        fold_layer(memory_1, momentum_1, feature, direction_1, second, series, s, N, V, CHUNK, fold_block, PRECISION)
         tl.debug_barrier()  # every warp has read the buffers
         empty_buffers(
             keys, values, step_rows, decay_rows, momentum_rows, feature, direction_0, direction_1, series,
             K, V, N, CHUNK,
         )  # fmt: skip
     else:
-        at = series * CHUNK + p
-        tl.store(keys + at * K + i, key, mask=i < K)
-        tl.store(values + at * V + columns, value, mask=columns < V)
-        tl.store(direction_1 + at * V + columns, u, mask=columns < V)
         append_gates(step, log_decay, log_momentum, step_rows, decay_rows, momentum_rows, series, 0, p, 2, CHUNK)
         append_gates(step, log_decay, log_momentum, step_rows, decay_rows, momentum_rows, series, 1, p, 2, CHUNK)
     finish(phase, row, p, H, CHUNK)
@@ -279,7 +243,7 @@ def _step(
     (chunk, hidden) = feature.shape[2:]
     out = torch.empty(batch, 1, heads, value_width, dtype=v.dtype, device=v.device)
     q, k, v = (whole_heads(x) for x in (q, k, v))
-    cut = plan(key_width, value_width, hidden, chunk)
+    cut = plan(batch * heads, key_width, value_width, hidden, chunk, multiprocessors(q.device))
     launch(
         mlp_decode_kernel, batch * heads, q, k, v, step, log_decay, log_momentum, base_0, base_1, weight, bias, mask,
         out, memory_0, memory_1, momentum_0, momentum_1, keys, values, step_rows, decay_rows, momentum_rows,
@@ -341,14 +305,15 @@ def decode_step(inputs: Inputs, state: State) -> tuple[Tensor, State]:
 def compile_entries(target: Target) -> list[KernelEntry]:
     """Widths of 64 and 128 at expansion 4 and 2, with and without what is optional."""
     found = []
-    for width, expansion, chunk, full in ((64, 4, 16, True), (64, 4, 64, True), (128, 2, 16, False)):
-        cut = plan(width, width, expansion * width, chunk)
+    cases = ((64, 4, 16, 64, True), (64, 4, 16, 1, True), (64, 4, 64, 64, True), (128, 2, 16, 64, False))
+    for width, expansion, chunk, batch, full in cases:
+        cut = plan(batch * 16, width, width, expansion * width, chunk, target.processors)
         constants = {"K": width, "V": width, "N": expansion * width, "CHUNK": chunk, "ACT": "gelu", "mask": None}
         constants |= {"BLOCK_K": cut.block_k, "BLOCK_V": cut.block_v, "BLOCK_N": cut.block_n}
         constants |= {"BLOCK_ROWS": cut.block_rows}
         if not full:
             constants |= dict.fromkeys(("base_0", "base_1", "weight", "bias"))
         types = entry_types(mlp_decode_kernel, {*constants, "PRECISION"})
-        name = f"deep decode{' norm' if full else ''} D{width} expansion {expansion} grid {chunk}"
+        name = f"deep decode{' norm' if full else ''} D{width}x{expansion} B{batch} grid {chunk}"
         found.append(KernelEntry(name, mlp_decode_kernel, types, constants, cut.num_warps, 1))
     return found

@@ -43,6 +43,8 @@ def test_a_small_batch_fills_the_gpu():
 @pytest.mark.parametrize("width", [8, 64, 128, 256])
 @pytest.mark.parametrize("expansion", [1, 2, 4])
 def test_plans_of_a_two_layer_memory_cover_it(width: int, expansion: int):
-    cut = deep.plan(width, width, expansion * width, 16)
+    cut, alone = (deep.plan(programs, width, width, expansion * width, 16, 132) for programs in (1024, 16))
+    assert (cut.num_warps, alone.num_warps) == (4, 8)
     assert min(cut.block_k, cut.block_v) >= max(16, width)
-    assert cut.block_n >= 16 and cut.block_n * max(cut.block_k, cut.block_v) <= 512 * cut.num_warps
+    for plan in (cut, alone):
+        assert plan.block_n == 16 or plan.block_n * max(plan.block_k, plan.block_v) <= 512 * plan.num_warps
