@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from .launch import is_interpreted
-
 
 ENTRY_TYPES = {
     **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
@@ -26,16 +24,13 @@ def whole_heads(x: Tensor) -> Tensor:
 
 
 def in_place_op(name: str, function: Callable[..., Tensor], operands: int) -> Callable[..., Tensor]:
-    """An op whose outputs are like its third argument, and which overwrites its tensors behind the first `operands`.
+    """An op that overwrites its tensors behind the first `operands`.
 
     `torch.compile` traces `hf_memory::<name>` down to its kernel; outside of it the function is called as it is.
     """
     parameters = list(inspect.signature(function).parameters.values())[operands:]
     state = [parameter.name for parameter in parameters if parameter.annotation in (Tensor, Tensor | None)]
     op = torch.library.triton_op(f"hf_memory::{name}", function, mutates_args=state)
-    if is_interpreted():
-        # Only compiled kernels can be traced.
-        op.register_fake(lambda q, k, v, *rest: torch.empty_like(v, memory_format=torch.contiguous_format))
 
     def run(*arguments: Tensor | float | None) -> Tensor:
         return (op if torch.compiler.is_compiling() else function)(*arguments)

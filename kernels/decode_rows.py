@@ -144,7 +144,7 @@ def fold_matrix(
     memory, momentum, inputs, directions, series, s, columns, beta, f, m, grad, grad_momentum,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Move the anchor of columns `[K, columns]` of a matrix behind the last row of its full buffers, by `BLOCK` rows."""
+    """Move the anchor of columns `[K, columns]` of a matrix behind the last row of its full buffers."""
     for start in range(0, K, BLOCK):
         i = start + tl.arange(0, BLOCK)
         at = (series * K + i)[:, None] * V + columns[None, :]
