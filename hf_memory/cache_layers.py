@@ -12,6 +12,7 @@ them. Each kind of layer has a static twin that keeps the addresses of its tenso
 """
 
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -61,6 +62,13 @@ class MemoryStatesMixin(CacheLayerMixin):
             # Autograd refuses tensors that were made in inference mode.
             return {name: x.clone() if x.is_inference() else x for name, x in self.states.items()}
         return self.states
+
+    def __copy__(self) -> Self:
+        # Two layers with the same tensors: neither owns them any more.
+        twin = object.__new__(type(self))
+        self.own_states = {}
+        twin.__dict__.update(self.__dict__, own_states={})
+        return twin
 
     def _owns(self, name: str, state: Tensor) -> bool:
         return self.own_states.get(name) is state and not is_locked(state)
