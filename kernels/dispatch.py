@@ -58,7 +58,7 @@ def overwrites_state(device: torch.device | str) -> bool:
     return (_forced or forms(device)[0]) == "triton"
 
 
-def _choose(inputs: Inputs, decodes: bool) -> str:
+def _choose(inputs: Inputs, state: State | None, decodes: bool) -> str:
     asked = _forced or inputs.options.form
     form = asked or forms(inputs.q.device)[0]
     if form != "triton":
@@ -71,7 +71,7 @@ def _choose(inputs: Inputs, decodes: bool) -> str:
     if decodes:
         from .anchored_mlp.triton_decode import supports
 
-        return "triton" if supports(inputs) else "chunk"
+        return "triton" if supports(inputs, state) else "chunk"
     from .triton_form import unsupported
 
     reason = unsupported(inputs)
@@ -84,7 +84,7 @@ def _run(inputs: Inputs, state: State | None, output_final_state: bool) -> tuple
     if state is not None:
         check_state(inputs, state)
     decodes = state is not None and inputs.q.shape[1] == 1
-    form = _choose(inputs, decodes)
+    form = _choose(inputs, state, decodes)
     if form == "triton" and decodes:
         from .anchored_mlp.triton_decode import decode_step
 

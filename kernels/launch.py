@@ -81,7 +81,9 @@ def launch(kernel: Callable, size: int, *args: object, **constants: object) -> N
     elif is_traced:
         torch.library.wrap_triton(kernel)[grid](*args, **constants)
     else:
-        kernel[grid](*args, **constants, enable_fp_fusion=True)
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
 def differentiable_op(

@@ -27,13 +27,20 @@ from ..launch import dot_precision, launch, multiprocessors
 
 
 class Plan(NamedTuple):
-    """How a launch is cut: block sizes, number of programs and warps."""
+    """How a launch is cut: block sizes (those of `fold` in both directions), number of programs and warps."""
 
     block_k: int
     block_v: int
     block_rows: int
+    fold: tuple[int, int]
     programs: int
     num_warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes."""
+        blocks = {"BLOCK_K": self.block_k, "BLOCK_V": self.block_v, "BLOCK_ROWS": self.block_rows}
+        return blocks | {"FOLD_K": self.fold[0], "FOLD_V": self.fold[1]}
 
 
 def plan(batch: int, heads: int, key_width: int, value_width: int, chunk: int, norm: bool, processors: int) -> Plan:
@@ -46,7 +53,9 @@ def plan(batch: int, heads: int, key_width: int, value_width: int, chunk: int, n
     # A tile of the memory takes 16 registers of a thread, and one of the momentum as many.
     block_k = min(max(16, triton.next_power_of_2(key_width)), 512 * num_warps // block_v)
     programs = batch * heads * triton.cdiv(value_width, block_v)
-    return Plan(block_k, block_v, max(16, triton.next_power_of_2(chunk)), programs, num_warps)
+    # Tiles that keep the registers of all targets from spilling, found with the compile check.
+    fold = (16, min(block_v, 64)) if num_warps == 4 else (32, 32)
+    return Plan(block_k, block_v, max(16, triton.next_power_of_2(chunk)), fold, programs, num_warps)
 
 
 @triton.jit
@@ -118,15 +127,15 @@ def append(
 def fold_columns(
     memory, momentum, keys, directions, series, block, beta, f, m, grad, grad_momentum,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, FOLD_K: tl.constexpr, FOLD_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Move the anchor of a block of columns behind its full buffers."""
-    width: tl.constexpr = min(BLOCK_V, 64)
-    for start in range(0, BLOCK_V, width):
-        columns = block * BLOCK_V + start + tl.arange(0, width)
+    for start in range(0, BLOCK_V, FOLD_V):
+        columns = block * BLOCK_V + start + tl.arange(0, FOLD_V)
         fold_matrix(
             memory, momentum, keys, directions, series, tl.arange(0, BLOCK_ROWS), columns,
-            beta, f, m, grad, grad_momentum, K, V, CHUNK, 32, PRECISION,
+            beta, f, m, grad, grad_momentum, K, V, CHUNK, FOLD_K, PRECISION,
         )  # fmt: skip
 
 
@@ -173,7 +182,8 @@ def linear_decode_kernel(
     memory, momentum, keys, values, step_rows, decay_rows, momentum_rows, directions, phase,
     q_stride, k_stride, v_stride, H, eps,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, DECAY_FIRST: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    FOLD_K: tl.constexpr, FOLD_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks: tl.constexpr = (V + BLOCK_V - 1) // BLOCK_V
     block, series = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
@@ -206,7 +216,7 @@ def linear_decode_kernel(
             tl.debug_barrier()  # row p is written
             fold_columns(
                 memory, momentum, keys, directions, series, block, beta, f, m, grad, grad_momentum,
-                K, V, CHUNK, BLOCK_V, BLOCK_ROWS, PRECISION,
+                K, V, CHUNK, BLOCK_V, BLOCK_ROWS, FOLD_K, FOLD_V, PRECISION,
             )  # fmt: skip
             tl.debug_barrier()  # every warp has read the rows
             empty_columns(values, directions, series, columns, V, CHUNK)
@@ -238,7 +248,7 @@ def _step(
         memory, momentum, keys, values, step_rows, decay_rows, momentum_rows, directions, phase,
         q.stride(0), k.stride(0), v.stride(0), heads, eps,
         K=key_width, V=value_width, CHUNK=chunk, DECAY_FIRST=decay_first and log_decay is not None,
-        BLOCK_K=cut.block_k, BLOCK_V=cut.block_v, BLOCK_ROWS=cut.block_rows, PRECISION=dot_precision(memory.dtype),
+        **cut.constants, PRECISION=dot_precision(memory.dtype),
         num_warps=cut.num_warps, num_stages=1,
     )  # fmt: skip
     return out
@@ -248,16 +258,18 @@ decode = in_place_op("linear_decode", _step, operands=10)
 
 
 def compile_entries(target: Target) -> list[KernelEntry]:
-    """Plain memories of width 128 at batch 1 and 64, online and buffered, and the norm at widths 64 and 128."""
+    """Plain memories at batch 1 and 64, buffered and as gated delta rule, and the norm at widths 64 and 128."""
     found = []
-    for width, batch, chunk, norm in (
-        (128, 1, 16, False), (128, 64, 64, False), (128, 64, 1, False), (256, 64, 16, False),
-        (64, 64, 16, True), (128, 1, 64, True),
+    plain, to_zero = ("weight", "bias", "base"), ("base",)
+    no_momentum = ("momentum", "log_momentum", "momentum_rows")
+    for width, batch, chunk, absent in (
+        (128, 1, 16, plain), (128, 64, 64, (*plain, "mask")), (128, 64, 1, (*plain, *no_momentum)),
+        (256, 64, 16, ("weight", "bias")), (64, 64, 16, ()), (128, 1, 64, to_zero),
     ):  # fmt: skip
+        norm = "weight" not in absent
         cut = plan(batch, 16, width, width, chunk, norm, target.processors)
-        constants = {"K": width, "V": width, "CHUNK": chunk, "DECAY_FIRST": chunk == 1, "mask": None}
-        constants |= {"BLOCK_K": cut.block_k, "BLOCK_V": cut.block_v, "BLOCK_ROWS": cut.block_rows}
-        constants |= {} if norm else {"base": None, "weight": None, "bias": None}
+        constants = {"K": width, "V": width, "CHUNK": chunk, "DECAY_FIRST": chunk == 1, **cut.constants}
+        constants |= dict.fromkeys(absent)
         types = entry_types(linear_decode_kernel, {*constants, "PRECISION"})
         name = f"linear decode{' norm' if norm else ''} D{width} B{batch} grid {chunk}"
         found.append(KernelEntry(name, linear_decode_kernel, types, constants, cut.num_warps, 1, chunk > 1))

@@ -45,6 +45,12 @@ class Plan(NamedTuple):
     block_rows: int
     num_warps: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes."""
+        blocks = {"BLOCK_K": self.block_k, "BLOCK_V": self.block_v}
+        return blocks | {"BLOCK_N": self.block_n, "BLOCK_ROWS": self.block_rows}
+
 
 def plan(programs: int, key_width: int, value_width: int, hidden: int, chunk: int, processors: int) -> Plan:
     """Cut a launch: blocks of hidden units whose matrices take 16 registers of a thread each.
@@ -249,8 +255,7 @@ def _step(
         out, memory_0, memory_1, momentum_0, momentum_1, keys, values, step_rows, decay_rows, momentum_rows,
         feature, direction_0, direction_1, phase, q.stride(0), k.stride(0), v.stride(0), heads, eps,
         K=key_width, V=value_width, N=hidden, CHUNK=chunk, ACT=act,
-        BLOCK_K=cut.block_k, BLOCK_V=cut.block_v, BLOCK_N=cut.block_n, BLOCK_ROWS=cut.block_rows,
-        PRECISION=dot_precision(memory_0.dtype), num_warps=cut.num_warps, num_stages=1,
+        **cut.constants, PRECISION=dot_precision(memory_0.dtype), num_warps=cut.num_warps, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -258,14 +263,15 @@ def _step(
 decode_two_layers = in_place_op("mlp_decode", _step, operands=11)
 
 
-def supports(inputs: Inputs) -> bool:
+def supports(inputs: Inputs, state: State) -> bool:
     """Whether `decode_step` takes a call; the PyTorch form takes every one."""
-    tensors = (*inputs[:3], *inputs.gates, *inputs.weights, *(inputs.norm or ()))
+    tensors = (*inputs[:3], *inputs.gates, *inputs.weights, *(inputs.norm or ()), *state.values())
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False
     return (
         kernels_run_on(inputs.q.device.type)
-        and inputs.q.dtype != torch.float64
+        and inputs.q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and all(x.dtype == torch.float32 for name, x in state.items() if name != "phase")
         and inputs.q.shape[1] == 1
         and inputs.depth <= 2
         and set(inputs.kinds) == {"head"}
@@ -283,10 +289,16 @@ def decode_step(inputs: Inputs, state: State) -> tuple[Tensor, State]:
 
     Returns:
         Outputs `[B, 1, H, V]` in the dtype of `v`, and the state behind the token.
+
+    Raises:
+        ValueError: for a state that is to be overwritten and has tensors that are not contiguous.
     """
-    if not inputs.options.overwrite_state:
+    if inputs.options.overwrite_state:
+        if odd := [name for name, x in state.items() if not x.is_contiguous()]:
+            raise ValueError(f"`initial_state[{odd[0]!r}]` is not contiguous: it cannot be overwritten.")
+    else:
         state = {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
-    name, norm = memory_name(inputs), inputs.norm or (None, None)
+    name, norm = memory_name(inputs), [x.contiguous() for x in inputs.norm or ()] or (None, None)
     gates = [None if gate is None else gate.contiguous() for gate in inputs.gates]
     bases = [None if base is None else base.contiguous() for base in inputs.base]
     mask = None if inputs.mask is None else inputs.mask.contiguous()
@@ -305,15 +317,14 @@ def decode_step(inputs: Inputs, state: State) -> tuple[Tensor, State]:
 def compile_entries(target: Target) -> list[KernelEntry]:
     """Widths of 64 and 128 at expansion 4 and 2, with and without what is optional."""
     found = []
-    cases = ((64, 4, 16, 64, True), (64, 4, 16, 1, True), (64, 4, 64, 64, True), (128, 2, 16, 64, False))
-    for width, expansion, chunk, batch, full in cases:
+    bare = ("base_0", "base_1", "weight", "bias", "mask", "momentum_0", "momentum_1", "log_momentum", "momentum_rows")
+    for width, expansion, chunk, batch, absent in (
+        (64, 4, 16, 64, ()), (64, 4, 16, 1, ("mask",)), (64, 4, 64, 64, ("mask",)), (128, 2, 16, 64, bare),
+    ):  # fmt: skip
         cut = plan(batch * 16, width, width, expansion * width, chunk, target.processors)
-        constants = {"K": width, "V": width, "N": expansion * width, "CHUNK": chunk, "ACT": "gelu", "mask": None}
-        constants |= {"BLOCK_K": cut.block_k, "BLOCK_V": cut.block_v, "BLOCK_N": cut.block_n}
-        constants |= {"BLOCK_ROWS": cut.block_rows}
-        if not full:
-            constants |= dict.fromkeys(("base_0", "base_1", "weight", "bias"))
+        constants = {"K": width, "V": width, "N": expansion * width, "CHUNK": chunk, "ACT": "gelu", **cut.constants}
+        constants |= dict.fromkeys(absent)
         types = entry_types(mlp_decode_kernel, {*constants, "PRECISION"})
-        name = f"deep decode{' norm' if full else ''} D{width}x{expansion} B{batch} grid {chunk}"
+        name = f"deep decode{'' if absent == bare else ' norm'} D{width}x{expansion} B{batch} grid {chunk}"
         found.append(KernelEntry(name, mlp_decode_kernel, types, constants, cut.num_warps, 1))
     return found

@@ -53,7 +53,7 @@ def inputs_of(case: Case, start: int, mask: Tensor | None = None, dtype: torch.d
 
 
 def float_state(state: State) -> State:
-    return {name: x.float() if x.is_floating_point() else x for name, x in state.items()}
+    return {name: x.detach().float() if x.is_floating_point() else x for name, x in state.items()}
 
 
 @pytest.mark.parametrize("processors", [1, 1000], ids=["whole", "split"])
@@ -78,7 +78,7 @@ def test_a_period_of_tokens_equals_the_reference(name: str, processors: int, mon
     phases = {tuple(state["phase"].tolist())}
     for t in range(prompt, time):
         inputs = inputs_of(case, t, mask[:, t : t + 1])
-        assert supports(inputs)
+        assert supports(inputs, state)
         out, after = decode_step(inputs, state)
         assert after is state
         phases.add(tuple(state["phase"].tolist()))
@@ -149,17 +149,25 @@ def test_what_the_kernels_do_not_take_goes_to_the_other_form():
         (LINEAR, {"chunk_size": 65}),
     ):
         case = make(memory, options)
-        assert not supports(inputs_of(case, 0))
-        case.to(torch.float32)
         state = prompted(case, 3)
+        assert not supports(inputs_of(case, 3), state)
+        case.to(torch.float32)
         out, _ = case("triton", tokens=case.sliced(3, 4), initial_state=state)
         assert torch.equal(out, case("chunk", tokens=case.sliced(3, 4), initial_state=state)[0])
     case = make(LINEAR, {"chunk_size": 4})
-    assert not supports(inputs_of(case, 0, dtype=torch.float64))
-    inputs = inputs_of(case, 0)
-    assert supports(inputs) and not supports(inputs._replace(q=inputs.q.requires_grad_()))
-    with torch.no_grad():
-        assert supports(inputs)
+    state = prompted(case, 3)
+    inputs = inputs_of(case, 3)
+    assert supports(inputs, state)
+    assert not supports(inputs_of(case, 3, dtype=torch.float64), state)
+    assert not supports(inputs, state | {"keys": state["keys"].double()})
+    # Kernels have no backward: for what autograd watches, state included, there is the other form.
+    watched = state | {"memory_0": state["memory_0"].clone().requires_grad_()}
+    for operands in ((inputs._replace(q=inputs.q.clone().requires_grad_()), state), (inputs, watched)):
+        assert not supports(*operands)
+        with torch.no_grad():
+            assert supports(*operands)
+    with pytest.raises(ValueError, match="'memory_0'.* not contiguous"):
+        decode_step(inputs, state | {"memory_0": state["memory_0"].mT})
 
 
 @pytest.mark.parametrize(("memory", "overwrite"), [(LINEAR, False), (DEEP, True)], ids=["linear", "deep"])
