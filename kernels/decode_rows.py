@@ -82,14 +82,16 @@ def newest_coefficients(
         decay = tl.where(s <= p, tl.exp(total), 0.0)
         own = _buffered(decay_rows + first, log_decay + new, s, p, SETS)
         beta = tl.exp(tl.sum(own, axis=0))
-    if log_momentum is None:
-        return beta, f, m, theta * decay, theta * decay
-    later = _buffered(momentum_rows + first, log_momentum + new, s + 1, p, SETS)
-    own = _first(tl.exp(_buffered(momentum_rows + first, log_momentum + new, s, p, SETS)), s)
-    carried = tl.where(s <= p, tl.exp(tl.cumsum(later, axis=0, reverse=True)), 0.0)
-    slope = tl.where(s < p, tl.exp(later), 0.0)
-    _, weights = tl.associative_scan((slope, decay), 0, _compose, reverse=True)
-    return beta, own * _first(weights, s), own * _first(carried, s), theta * weights, theta * carried
+    grad, grad_momentum = theta * decay, theta * decay
+    if log_momentum is not None:
+        later = _buffered(momentum_rows + first, log_momentum + new, s + 1, p, SETS)
+        own = _first(tl.exp(_buffered(momentum_rows + first, log_momentum + new, s, p, SETS)), s)
+        carried = tl.where(s <= p, tl.exp(tl.cumsum(later, axis=0, reverse=True)), 0.0)
+        slope = tl.where(s < p, tl.exp(later), 0.0)
+        _, weights = tl.associative_scan((slope, decay), 0, _compose, reverse=True)
+        f, m = own * _first(weights, s), own * _first(carried, s)
+        grad, grad_momentum = theta * weights, theta * carried
+    return beta, f, m, grad, grad_momentum
 
 
 @triton.jit

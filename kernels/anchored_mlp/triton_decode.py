@@ -37,19 +37,21 @@ MAX_WIDTH = 256
 
 
 class Plan(NamedTuple):
-    """How a launch is cut: block sizes and warps."""
+    """How a launch is cut: block sizes (those of `fold` in both directions) and warps."""
 
     block_k: int
     block_v: int
     block_n: int
     block_rows: int
+    fold: tuple[int, int]
     num_warps: int
 
     @property
     def constants(self) -> dict[str, int]:
         """The kernel's block sizes."""
         blocks = {"BLOCK_K": self.block_k, "BLOCK_V": self.block_v}
-        return blocks | {"BLOCK_N": self.block_n, "BLOCK_ROWS": self.block_rows}
+        blocks |= {"BLOCK_N": self.block_n, "BLOCK_ROWS": self.block_rows}
+        return blocks | {"FOLD_K": self.fold[0], "FOLD_V": self.fold[1]}
 
 
 def plan(programs: int, key_width: int, value_width: int, hidden: int, chunk: int, processors: int) -> Plan:
@@ -62,7 +64,8 @@ def plan(programs: int, key_width: int, value_width: int, hidden: int, chunk: in
     num_warps = 8 if programs <= processors else 4
     widest = max(block_k, block_v)
     block_n = max(16, min(triton.next_power_of_2(hidden), 512 * num_warps // widest))
-    return Plan(block_k, block_v, block_n, max(16, triton.next_power_of_2(chunk)), num_warps)
+    # Tiles of a fold that keep the registers of all targets from spilling, found with the compile check.
+    return Plan(block_k, block_v, block_n, max(16, triton.next_power_of_2(chunk)), (32, 32), num_warps)
 
 
 @triton.jit
@@ -141,14 +144,15 @@ def backward_units(
 @triton.jit
 def fold_layer(
     memory, momentum, inputs, directions, coefficients, series, s,
-    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, FOLD_K: tl.constexpr, FOLD_V: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Move the anchor of a layer behind its full buffers."""
     beta, f, m, grad, grad_momentum = coefficients
-    for start in range(0, V, 64):
+    for start in range(0, V, FOLD_V):
         fold_matrix(
-            memory, momentum, inputs, directions, series, s, start + tl.arange(0, 64),
-            beta, f, m, grad, grad_momentum, K, V, CHUNK, BLOCK, PRECISION,
+            memory, momentum, inputs, directions, series, s, start + tl.arange(0, FOLD_V),
+            beta, f, m, grad, grad_momentum, K, V, CHUNK, FOLD_K, PRECISION,
         )  # fmt: skip
 
 
@@ -177,7 +181,7 @@ def mlp_decode_kernel(
     feature, direction_0, direction_1, phase, q_stride, k_stride, v_stride, H, eps,
     K: tl.constexpr, V: tl.constexpr, N: tl.constexpr, CHUNK: tl.constexpr, ACT: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    FOLD_K: tl.constexpr, FOLD_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     series = tl.program_id(0).to(tl.int64)
     row, head = series // H, series % H
@@ -224,9 +228,10 @@ def mlp_decode_kernel(
     tl.store(direction_1 + at * V + columns, u, mask=columns < V)
     if p == CHUNK - 1:
         tl.debug_barrier()  # row p of the buffers is written
-        fold_block: tl.constexpr = 16 if BLOCK_V <= 64 else 32
-        fold_layer(memory_0, momentum_0, keys, direction_0, first, series, s, K, N, CHUNK, fold_block, PRECISION)
-        fold_layer(memory_1, momentum_1, feature, direction_1, second, series, s, N, V, CHUNK, fold_block, PRECISION)
+        fold_layer(memory_0, momentum_0, keys, direction_0, first, series, s, K, N, CHUNK, FOLD_K, FOLD_V, PRECISION)
+        fold_layer(
+            memory_1, momentum_1, feature, direction_1, second, series, s, N, V, CHUNK, FOLD_K, FOLD_V, PRECISION
+        )
         tl.debug_barrier()  # every warp has read the buffers
         empty_buffers(
             keys, values, step_rows, decay_rows, momentum_rows, feature, direction_0, direction_1, series,
