@@ -12,6 +12,7 @@ them. Each kind of layer has a static twin that keeps the addresses of its tenso
 """
 
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -32,20 +33,49 @@ class MemoryStatesMixin(CacheLayerMixin):
     def __init__(self, **kwargs) -> None:
         super().__init__()
         self.states: States = {}
+        # Those among them that the layer made itself and that nobody else holds.
+        self.own_states: States = {}
         self.has_states = False
         self.is_offloaded = False
         self.seq_length: int | Tensor = 0
         self.device: torch.device | None = None
 
-    def get_states(self) -> States | None:
-        """States after the tokens seen so far; `None` before the first, where the mixer has its learned start."""
+    def get_states(self, overwritten: str | None = None) -> States | None:
+        """States after the tokens seen so far; `None` before the first, where the mixer has its learned start.
+
+        Args:
+            overwritten: how the names of those begin that the caller will overwrite, without autograd, before it gives
+                them to `update_states`. They are copied first if somebody else may hold them.
+        """
         if not self.has_states:
             return None
         self.prefetch()
+        if overwritten is not None:
+            self.states = {
+                name: x if not name.startswith(overwritten) or self._owns(name, x) else self._copy(x)
+                for name, x in self.states.items()
+            }
+            self.own_states = {name: x for name, x in self.states.items() if name.startswith(overwritten)}
+            return self.states
+        self.own_states = {}
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Autograd refuses tensors that were made in inference mode.
             return {name: x.clone() if x.is_inference() else x for name, x in self.states.items()}
         return self.states
+
+    def __copy__(self) -> Self:
+        # Two layers with the same tensors: neither owns them any more.
+        twin = object.__new__(type(self))
+        self.own_states = {}
+        twin.__dict__.update(self.__dict__, own_states={})
+        return twin
+
+    def _owns(self, name: str, state: Tensor) -> bool:
+        return self.own_states.get(name) is state and not is_locked(state)
+
+    @staticmethod
+    def _copy(state: Tensor) -> Tensor:
+        return state.clone(memory_format=torch.contiguous_format)
 
     def check_rows(self, rows: int) -> None:
         """Raise a `ValueError` unless the layer is empty or holds this many rows."""
@@ -59,6 +89,7 @@ class MemoryStatesMixin(CacheLayerMixin):
     def update_states(self, states: States, num_tokens: int) -> None:
         """Replace the states (if any) by those after `num_tokens` more tokens (padded ones included)."""
         self.states = self.states | {name: self._replace(self.states.get(name), new) for name, new in states.items()}
+        self.own_states = {name: x for name, x in self.own_states.items() if self.states[name] is x}
         self.device = self._device_of(states)
         self.has_states = self.is_initialized = True
         self._count(num_tokens)
@@ -102,10 +133,12 @@ class MemoryStatesMixin(CacheLayerMixin):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.states = {name: self._replace(state, function(state)) for name, state in self.states.items()}
+        self.own_states = {}
 
     def reset(self) -> None:
         """Forget everything: the next token meets the learned start."""
         self.states = {}
+        self.own_states = {}
         self.has_states = self.is_initialized = self.is_offloaded = False
         self.seq_length = 0
 
@@ -165,6 +198,14 @@ class StaticStatesMixin(MemoryStatesMixin):
         if not self.is_initialized:
             self.seq_length = fix_address(self.seq_length.to(self._device_of(states)))
         super().update_states(states, num_tokens)
+
+    def _owns(self, name: str, state: Tensor) -> bool:
+        # A buffer, unless it is on the way of a gradient (`_replace`).
+        return not state.requires_grad and not is_locked(state)
+
+    @staticmethod
+    def _copy(state: Tensor) -> Tensor:
+        return fix_address(MemoryStatesMixin._copy(state))
 
     def _count(self, num_tokens: int) -> None:
         self.seq_length = self._replace(self.seq_length, self.seq_length + num_tokens)

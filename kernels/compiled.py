@@ -135,7 +135,9 @@ def check(entry: KernelEntry, target: Target) -> Report:
     try:
         compiled = triton_compile(entry.source(target), gpu, options)
     except Exception as error:  # each stage of each backend has exceptions of its own
-        report.problems.append(f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}")
+        while error.__cause__ is not None:  # from the place in the kernel to what is wrong there
+            error = error.__cause__
+        report.problems.append(f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-300:]}")
         return report
     report.seconds = time.perf_counter() - start
     report.shared_bytes = compiled.metadata.shared

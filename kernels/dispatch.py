@@ -53,7 +53,12 @@ def forms(device: torch.device | str) -> list[str]:
     return [*fast, "reference"] if kernels_run_on(kind) else ["chunk", "reference"]
 
 
-def _choose(inputs: Inputs) -> str:
+def overwrites_state(device: torch.device | str) -> bool:
+    """Whether a call of one token makes use of `AnchoredOptions.overwrite_state` on a device."""
+    return (_forced or forms(device)[0]) == "triton"
+
+
+def _choose(inputs: Inputs, state: State | None, decodes: bool) -> str:
     asked = _forced or inputs.options.form
     form = asked or forms(inputs.q.device)[0]
     if form != "triton":
@@ -63,6 +68,10 @@ def _choose(inputs: Inputs) -> str:
             f"The Triton form needs tensors on a GPU, got {inputs.q.device.type}: use form='chunk', or set "
             "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU."
         )
+    if decodes:
+        from .anchored_mlp.triton_decode import supports
+
+        return "triton" if supports(inputs, state) else "chunk"
     from .triton_form import unsupported
 
     reason = unsupported(inputs)
@@ -74,15 +83,20 @@ def _choose(inputs: Inputs) -> str:
 def _run(inputs: Inputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     if state is not None:
         check_state(inputs, state)
-    form = _choose(inputs)
-    if form == "triton" and not (state is not None and inputs.q.shape[1] == 1):
+    decodes = state is not None and inputs.q.shape[1] == 1
+    form = _choose(inputs, state, decodes)
+    if form == "triton" and decodes:
+        from .anchored_mlp.triton_decode import decode_step
+
+        return decode_step(inputs, state)
+    if form == "triton":
         from .triton_form import triton_form
 
         return triton_form(inputs, state, output_final_state)
     inputs = inputs.upcast()
     if form == "reference":
         return reference_form(inputs, state, output_final_state)
-    if state is not None and inputs.q.shape[1] == 1:
+    if decodes:
         return decode_form(inputs, state)
     return chunk_form(inputs, state, output_final_state)
 

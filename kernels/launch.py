@@ -6,6 +6,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 def _import_triton() -> ModuleType | None:
@@ -77,15 +78,17 @@ def launch(kernel: Callable, size: int, *args: object, **constants: object) -> N
     from triton.runtime.jit import JITFunction
 
     grid = (size,)
+    is_traced = any(isinstance(x, FakeTensor | FunctionalTensor) for x in args)
     if not isinstance(kernel, JITFunction):
         # The interpreter reads memory, and a trace has none.
-        if not any(isinstance(x, FakeTensor) for x in args):
+        if not is_traced:
             kernel[grid](*args, **constants)
-        return
-    wrapped = torch.library.wrap_triton(kernel)
-    if wrapped is kernel:
-        constants["enable_fp_fusion"] = True
-    wrapped[grid](*args, **constants)
+    elif is_traced:
+        torch.library.wrap_triton(kernel)[grid](*args, **constants)
+    else:
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+            kernel[grid](*args, **constants, enable_fp_fusion=True)
 
 
 def differentiable_op(

@@ -53,6 +53,8 @@ class AnchoredOptions:
         decay_before_grad: take the gradient at the decayed memory (gated delta rule); plain linear memory, grid 1.
         eps: epsilon of the LayerNorm inside the memory.
         form: `"reference"`, `"chunk"` or `"triton"`; `None` lets the device of the tensors decide.
+        overwrite_state: let a call of one token overwrite the tensors of its `initial_state`, which saves a copy of
+            the whole state per token. For callers who own them; a form that always makes new tensors does not care.
     """
 
     chunk_size: int = 16
@@ -61,6 +63,7 @@ class AnchoredOptions:
     decay_before_grad: bool = False
     eps: float = 1e-6
     form: str | None = None
+    overwrite_state: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:

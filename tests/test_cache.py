@@ -11,6 +11,7 @@ from hf_memory.cache import MemoryCache, StaticMemoryCache
 from hf_memory.cache_layers import (
     MemoryCacheLayer,
     MemorySlidingCacheLayer,
+    StaticMemoryCacheLayer,
     StaticMemorySlidingCacheLayer,
     window_positions,
 )
@@ -183,3 +184,37 @@ def test_window_holds_the_last_valid_tokens(make):
     assert kept[0].tolist() == [6, 7, 9] and layer.key_positions[0].tolist() == [3, 4, 5]
     seen = layer.key_positions[1] >= 0
     assert kept[1][seen].tolist() == [10, 12] and layer.key_positions[1][seen].tolist() == [0, 1]
+
+
+def test_a_layer_lends_only_what_nobody_else_holds():
+    """Lent states are overwritten: whoever has seen them before keeps what they were."""
+    layer, x, tail = MemoryCacheLayer(), torch.randn(2, 3).expand(2, 3), torch.randn(2, 1)
+
+    def lent() -> torch.Tensor:
+        return layer.get_states("memory.")["memory.x"]
+
+    layer.update_states({"memory.x": x, "conv": tail}, 1)
+    first = lent()
+    assert torch.equal(first, x) and first is not x and layer.states["conv"] is tail
+    layer.update_states({"memory.x": first, "conv": tail.clone()}, 1)
+    assert lent() is first
+    for show in (layer.get_states, lambda: copy.copy(layer)):
+        show()
+        again = lent()
+        assert again is not first and torch.equal(again, first)
+        assert lent() is again
+        first = again
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(lent(), first[[1, 0]])
+    other = copy.deepcopy(layer)
+    assert other.get_states("memory.")["memory.x"] is not lent()
+
+
+def test_a_static_layer_lends_its_buffers():
+    layer, x = StaticMemoryCacheLayer(max_cache_len=4), torch.randn(2, 3)
+    layer.update_states({"memory.x": x}, 1)
+    buffer = layer.get_states("memory.")["memory.x"]
+    assert buffer is not x and buffer is layer.get_states()["memory.x"]
+    layer.update_states({"memory.x": torch.randn(2, 3, requires_grad=True)}, 1)
+    with torch.no_grad():
+        assert not layer.get_states("memory.")["memory.x"].requires_grad

@@ -10,7 +10,7 @@ if (_source / "SOURCE_CHECKOUT").is_file():
     __path__.append(str(_source))
 
 # Behind the path above: in a checkout these modules are found only through it.
-from .dispatch import OPS, anchored_linear, anchored_mlp, force_form, forms  # noqa: E402
+from .dispatch import OPS, anchored_linear, anchored_mlp, force_form, forms, overwrites_state  # noqa: E402
 from .types import AnchoredOptions, Gates, Norm, State  # noqa: E402
 
 
@@ -24,4 +24,5 @@ __all__ = [
     "anchored_mlp",
     "force_form",
     "forms",
+    "overwrites_state",
 ]

@@ -69,10 +69,10 @@ def test_entries_are_complete(monkeypatch):
         misspelt.source(target)
     first = compile_check.jobs(["broken_kernels"], [target], fast=True)
     assert first == [("broken_kernels", 0, "sm_90")]
-    assert compile_check.entries_of(json, target) == []
+    assert list(compile_check.unlisted(["broken_kernels", "json"], [target])) == []
     monkeypatch.delattr(broken_kernels, "compile_entries")
-    with pytest.raises(ValueError, match="compile_entries.*product_kernel"):
-        compile_check.entries_of(broken_kernels, target)
+    (report,) = compile_check.unlisted(["broken_kernels", "json"], [target])
+    assert report.kernel == "product_kernel" and "broken_kernels.compile_entries" in report.problems[0]
 
 
 def test_wrong_arguments_are_named(monkeypatch):

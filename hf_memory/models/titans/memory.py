@@ -13,6 +13,8 @@
 # limitations under the License.
 """The neural memory of Titans, arXiv 2501.00663: projections, gates and learned start around an anchored memory."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -20,7 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from hf_memory.cache import memory_layer
-from hf_memory.kernels import AnchoredOptions, Norm, anchored_linear, anchored_mlp
+from hf_memory.kernels import AnchoredOptions, Norm, anchored_linear, anchored_mlp, overwrites_state
 from hf_memory.kernels.activations import ACTIVATIONS
 from hf_memory.kernels.inner import output
 from hf_memory.kernels.precision import without_autocast
@@ -103,6 +105,7 @@ class TitansMemory(nn.Module):
             activation=config.memory_act,
             decay_before_grad=config.decay_before_grad,
         )
+        self.overwriting_options = replace(self.options, overwrite_state=True)
 
     def forward(
         self,
@@ -126,11 +129,15 @@ class TitansMemory(nn.Module):
             `[B, T, D]`, or the concatenated heads `[B, T, H d]` without `o_proj`.
         """
         layer = memory_layer(past_key_values, self.layer_idx)
-        states = layer.get_states() if layer is not None else None
+        # While generating, a token changes the state where it lies instead of writing a second one.
+        can_overwrite = hidden_states.shape[1] == 1 and not torch.is_grad_enabled()
+        overwrite = can_overwrite and overwrites_state(hidden_states.device)
+        states = layer.get_states(OP_PREFIX if overwrite else None) if layer is not None else None
         if states is None:
+            overwrite = False
             rows = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             states = self.start(self.persistent if persistent is None else persistent, rows)
-        read, states = self.memorise(hidden_states, states, padding_mask, cu_seqlens, layer is not None)
+        read, states = self.memorise(hidden_states, states, padding_mask, cu_seqlens, layer is not None, overwrite)
         if layer is not None:
             layer.update_states(states, hidden_states.shape[1])
 
@@ -152,8 +159,12 @@ class TitansMemory(nn.Module):
         padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         return_states: bool,
+        overwrite: bool = False,
     ) -> tuple[Tensor, States]:
-        """Values `[B, T, H, d]` read after each of the tokens `[B, T, D]`, and the states behind the last."""
+        """Values `[B, T, H, d]` read after each of the tokens `[B, T, D]`, and the states behind the last.
+
+        With `overwrite`, for a single token, the tensors of `states` may become those of the states behind it.
+        """
         mixed = torch.cat([proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
         new_states = {}
         if self.conv is not None:
@@ -178,7 +189,7 @@ class TitansMemory(nn.Module):
             output_final_state=return_states,
             mask=padding_mask,
             cu_seqlens=cu_seqlens,
-            options=self.options,
+            options=self.overwriting_options if overwrite else self.options,
         )
         return read, new_states | {OP_PREFIX + name: state for name, state in (op_states or {}).items()}
 
