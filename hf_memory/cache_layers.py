@@ -10,6 +10,7 @@ them. Two kinds of layer exist, each with a static twin that keeps the addresses
 """
 
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class MemoryStatesMixin(CacheLayerMixin):
         self.is_offloaded = False
         self.seq_length: int | Tensor = 0
         self.device: torch.device | None = None
+
+    slot_dims: ClassVar[dict[str, int]] = {}
+    """Dimension of a saved tensor that counts the slots of a window, for those that have one."""
 
     def get_states(self) -> States | None:
         """States after the tokens seen so far; `None` before the first, where the mixer has its learned start."""
@@ -87,6 +91,21 @@ class MemoryStatesMixin(CacheLayerMixin):
     def nbytes(self) -> int:
         """Size of all tensors that the layer holds, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def saved_tensors(self) -> States:
+        """What of the layer a memory file keeps, by name.
+
+        A class that overrides `tensors` overrides this and `restore` too; what follows from the weights is left out.
+        """
+        return dict(self.states)
+
+    def restore(self, tensors: States, num_tokens: int) -> None:
+        """Become the layer that `saved_tensors` described, behind `num_tokens` tokens (padded ones included)."""
+        self.update_states(tensors, num_tokens)
+
+    def num_saved_slots(self, num_tokens: int) -> int:
+        """Slots that a window has behind `num_tokens` tokens."""
+        return 0
 
     def _replace(self, old: Tensor | None, new: Tensor) -> Tensor:
         # Never copied into `old`: it may belong to the graph of a truncated backward pass or, when it was made in
@@ -233,6 +252,7 @@ class MemorySlidingCacheLayer(MemoryStatesMixin):
 
     is_compileable = False
     is_sliding = True
+    slot_dims = {"window.keys": 2, "window.values": 2, "window.positions": 1}
 
     def __init__(self, sliding_window: int | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -321,6 +341,20 @@ class MemorySlidingCacheLayer(MemoryStatesMixin):
         if self.keys is not None:
             yield from (self.keys, self.values, self.key_positions)
         yield from self.prefix or ()
+
+    def saved_tensors(self) -> States:
+        """States and window; keys and values of the learned prefix follow from the weights."""
+        window = zip(self.slot_dims, (self.keys, self.values, self.key_positions))
+        return super().saved_tensors() | {name: tensor for name, tensor in window if tensor is not None}
+
+    def restore(self, tensors: States, num_tokens: int) -> None:
+        """See `MemoryStatesMixin.restore`."""
+        self.keys, self.values, self.key_positions = (tensors[name] for name in self.slot_dims)
+        super().restore({name: x for name, x in tensors.items() if name not in self.slot_dims}, num_tokens)
+
+    def num_saved_slots(self, num_tokens: int) -> int:
+        """Slots that the window has behind `num_tokens` tokens."""
+        return min(num_tokens, self.num_slots)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         super()._map(function)

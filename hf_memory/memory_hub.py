@@ -1,0 +1,113 @@
+"""Memory files on the Hub."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers.cache_utils import Cache
+
+from hf_memory.memory_file import FILE_NAME, MemoryInfo, memory_path, write_memory
+
+
+CARD = """---
+library_name: hf-memory
+tags:
+- hf-memory
+- memory-file
+{base_model}---
+
+# What a model has read
+
+A memory file of a {model_type} model{name}: {tokens:,} tokens read, {nbytes:,} bytes. It goes on with the model that
+made it and with no other.
+
+```python
+import hf_memory
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({model!r})
+memory = hf_memory.MemoryCache.from_pretrained({repo_id!r}, model=model{filename})
+```
+"""
+
+
+def find_memory_file(
+    source: str | os.PathLike, filename: str | None = None, revision: str | None = None, **hub_kwargs: Any
+) -> Path:
+    """The memory file that a path or the id of a repository means; what is on the Hub is downloaded.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    path = Path(source)
+    if filename is not None and path.is_dir():
+        path = path / filename
+    path = memory_path(path)
+    if path.is_file():
+        return path
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(source).exists():
+        raise FileNotFoundError(f"There is no memory file {str(path)!r}.")
+    wanted = filename or FILE_NAME
+    try:
+        validate_repo_id(name)
+        return Path(hf_hub_download(name, wanted, revision=revision, **hub_kwargs))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is no file here and not in the local cache, and the Hub cannot be reached."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a file here nor a repository on the Hub that you can read."
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"The repository {name!r} has no file {wanted!r}.") from error
+
+
+def push_memory(
+    memory: Cache,
+    repo_id: str,
+    filename: str | None = None,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """`MemoryCache.push_to_hub`."""
+    filename = filename or FILE_NAME
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        write_memory(memory, Path(folder) / filename)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if not api.file_exists(repo_id, "README.md", revision=revision):
+            card = memory_card(memory.info, repo_id, filename)
+            Path(folder, "README.md").write_text(card, encoding="utf-8")
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or f"Upload {filename}",
+        )
+    return commit.pr_url or commit.commit_url
+
+
+def memory_card(info: MemoryInfo, repo_id: str, filename: str = FILE_NAME) -> str:
+    """Card of a repository with a memory file."""
+    name = info.model.name
+    return CARD.format(
+        base_model=f"base_model: {name}\n" if name else "",
+        model_type=info.model.model_type,
+        name=f", [{name}](https://huggingface.co/{name})" if name else "",
+        tokens=info.tokens,
+        nbytes=info.nbytes,
+        model=name or "the model that made it",
+        repo_id=repo_id,
+        filename="" if filename == FILE_NAME else f", filename={filename!r}",
+    )
