@@ -207,6 +207,10 @@ class StaticMemoryCache(MemoryCacheMixin, StaticCache):
         super().__init__(config, max_cache_len, offloading, offload_only_non_sliding)
         self._use_own_layers(config, STATIC_LAYER_CLASSES, max_cache_len=max_cache_len)
 
+    def save_pretrained(self, path: str | os.PathLike, model: PreTrainedModel | None = None) -> Path:
+        """Refused: the buffers of a static cache have the size of a compiled program, not of what was read."""
+        raise ValueError("A static cache cannot be saved: let `model.read` fill a memory, and save that.")
+
     def clone(self) -> Self:
         """Independent copy without autograd history, with fixed addresses of its own."""
         cache = super().clone()

@@ -3,7 +3,7 @@
 | in the file | what it is |
 |---|---|
 | `layers.<i>.<name>` | a tensor of layer i: states `[B, ...]`, keys and values `[B, H, S, D]`, positions `[B, S]` |
-| metadata `hf_memory` | JSON: format version, identity of the model (`hf_memory.memory_identity`), tokens, rows, notes |
+| metadata `hf_memory` | JSON: format version, the model (`hf_memory.memory_identity`), tokens, rows, notes |
 | metadata `sha256` | hash of that JSON and of names, dtypes, shapes and bytes of all tensors |
 
 Nothing in a file is taken as code or as a path, and nothing of it reaches a model before all of it was checked.
@@ -28,7 +28,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from hf_memory.cache_layers import MemoryStatesMixin
-from hf_memory.memory_identity import Fingerprint, ModelIdentity
+from hf_memory.memory_identity import Fingerprint, ModelIdentity, without_adapter_wrapper
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +89,7 @@ def memory_info(cache: Cache) -> MemoryInfo:
             "This cache does not know which model filled it: make it with `model.read(...)`, or pass `model=` to "
             "`save_pretrained`."
         )
-    return _describe(_named_tensors(cache), cache.model_identity, int(cache.seen_tokens), dict(cache.notes))
+    return _describe(named_tensors(cache), cache.model_identity, int(cache.seen_tokens), dict(cache.notes))
 
 
 def write_memory(cache: Cache, path: str | os.PathLike) -> Path:
@@ -107,7 +107,7 @@ def write_memory(cache: Cache, path: str | os.PathLike) -> Path:
         OSError: when the file cannot be written; nothing is left of it then, and an older file stays as it was.
     """
     info = memory_info(cache)
-    tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in _named_tensors(cache).items()}
+    tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in named_tensors(cache).items()}
     for name, tensor in tensors.items():
         if tensor.isnan().any():
             raise ValueError(f"The memory has diverged: {name} holds NaN. It is of no use, so it is not saved.")
@@ -179,6 +179,7 @@ class ModelFit:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        model = without_adapter_wrapper(model)
         self.identity = ModelIdentity.of(model)
         self.config = model.config.get_text_config(decoder=True)
         memory_config = self.config.make_memory_config() if hasattr(self.config, "make_memory_config") else self.config
@@ -189,7 +190,7 @@ class ModelFit:
             token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
             model.base_model(input_ids=token, past_key_values=probe, use_cache=True)
         self._layers = probe.layers
-        self._expected = _named_tensors(probe)
+        self._expected = named_tensors(probe)
 
     def restore(self, info: MemoryInfo, tensors: dict[str, Tensor]) -> Cache:
         """The cache with these tensors, after each was checked."""
@@ -259,7 +260,7 @@ def _saved_tensors(layer: Any) -> dict[str, Tensor]:
     return dict(zip(_ATTENTION, (layer.keys, layer.values))) if layer.is_initialized else {}
 
 
-def _named_tensors(cache: Cache) -> dict[str, Tensor]:
+def named_tensors(cache: Cache) -> dict[str, Tensor]:
     named = {
         f"layers.{index}.{name}": tensor
         for index, layer in enumerate(cache.layers)

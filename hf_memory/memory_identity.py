@@ -1,12 +1,13 @@
-"""Which model a memory belongs to: what its function depends on in the configuration, and a fingerprint of its weights.
+"""Which model a memory belongs to: the configuration's fields that change the function, and hashes of the weights.
 
-What counts as the same model:
+A memory goes on with
 
-| the other model | a memory of this one |
-|---|---|
-| same weights, any head (`AutoModel`, `...ForCausalLM`, ...), device or attention implementation | goes on, bit for bit where the arithmetic is the same |
-| cast between float32 and bfloat16, either way | goes on, up to rounding |
-| cast to or from float16, quantised, fine-tuned, with an adapter added, merged or switched, with resized embeddings | is another model |
+- the same weights under any head, on any device, with any attention implementation: bit for bit where the arithmetic
+  is the same;
+- the same weights cast between float32 and bfloat16, either way: up to rounding.
+
+Weights that were cast to or from float16, quantised, trained, given an adapter (added, merged or switched), or whose
+embedding was resized, are another model.
 """
 
 import dataclasses
@@ -67,6 +68,7 @@ class ModelIdentity:
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
         """The identity of a model; hashing the weights takes about half a second per GB and core."""
+        model = without_adapter_wrapper(model)
         config = model.config.get_text_config(decoder=True)
         name = getattr(config, "_name_or_path", None) or ""
         is_on_hub = _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
@@ -108,9 +110,9 @@ class ModelIdentity:
         if mine.exact != other.exact and not is_cast:
             raise ValueError(
                 f"The memory was made by a model of the same configuration with other weights ({mine.dtype} with "
-                f"fingerprint {mine.exact[:12]}, here {other.dtype} with {other.exact[:12]}). Another training step, a "
-                "quantised or float16 copy, an adapter or resized embeddings make another model: read the text again "
-                "with this one, or pass `check_weights=False` if you know better."
+                f"fingerprint {mine.exact[:12]}, here {other.dtype} with {other.exact[:12]}). Another training step, "
+                "a quantised or float16 copy, an adapter or resized embeddings make another model: read the text "
+                "again with this one, or pass `check_weights=False` if you know better."
             )
 
     def _differing(self, other: "ModelIdentity", config: PreTrainedConfig) -> list[str]:
@@ -121,6 +123,11 @@ class ModelIdentity:
             for name in sorted(self.config.keys() | other.config.keys())
             if self.config.get(name, defaults.get(name)) != other.config.get(name, defaults.get(name))
         ]
+
+
+def without_adapter_wrapper(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside a `PeftModel`, adapters included; any other model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def functional_fields(config: PreTrainedConfig) -> dict[str, Any]:

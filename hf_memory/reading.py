@@ -116,8 +116,8 @@ class MemoryReaderMixin:
         growing = [index for index, layer in enumerate(memory.layers) if is_growing(layer)]
         if growing and not allow_growth:
             raise ValueError(
-                f"Layers {', '.join(map(str, growing))} of this {self.config.model_type} keep keys and values of every "
-                "token, so that its memory would grow with the text: convert them, too, choose a teacher whose "
+                f"Layers {', '.join(map(str, growing))} of this {self.config.model_type} keep keys and values of "
+                "every token, so that its memory would grow with the text: convert them, too, choose a teacher whose "
                 "attention has a window, or pass `allow_growth=True`."
             )
         is_new = not memory.layers[0].is_initialized

@@ -4,6 +4,7 @@ import torch
 
 from hf_memory import TitansConfig, TitansForCausalLM
 from hf_memory.cache import MemoryCache
+from hf_memory.memory_file import named_tensors
 
 
 def tiny(**fields) -> TitansForCausalLM:
@@ -21,4 +22,5 @@ def logits_behind(model: torch.nn.Module, memory: MemoryCache, ids: torch.Tensor
 
 
 def tensors_of(memory: MemoryCache) -> list[torch.Tensor]:
-    return list(memory._tensors())
+    """All that a memory has learned from its text, in the order of the names."""
+    return [tensor for _, tensor in sorted(named_tensors(memory).items())]
