@@ -121,7 +121,7 @@ def write_memory(cache: Cache, path: str | os.PathLike) -> Path:
         },
         sort_keys=True,
     )
-    metadata = {"format": "pt", _DOCUMENT: document, _HASH: _digest(document, tensors)}
+    metadata = {"format": "pt", _DOCUMENT: document, _HASH: content_digest(document, tensors)}
     path = memory_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -299,7 +299,7 @@ def _describe(tensors: dict[str, Tensor], model: ModelIdentity, tokens: int, not
     return MemoryInfo(model, tokens, rows, notes, {what: size for what, size in parts.items() if size})
 
 
-def _digest(document: str, tensors: dict[str, Tensor]) -> str:
+def content_digest(document: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(document.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -351,7 +351,7 @@ def _open(path: str | os.PathLike) -> tuple[MemoryInfo, dict[str, Tensor]]:
             f"{path} has format version {version}, the installed hf-memory reads up to {FORMAT_VERSION}: upgrade it "
             "with `pip install -U hf-memory`."
         )
-    if _digest(document, tensors) != metadata.get(_HASH):
+    if content_digest(document, tensors) != metadata.get(_HASH):
         raise ValueError(f"{path} was altered or damaged after it was written: its hash is another one.")
     try:
         return _parse(json.loads(document), tensors), tensors

@@ -299,7 +299,7 @@ def forge(file: Path, tensors: dict | None = None, **fields) -> Path:
         kept = {name: opened.get_tensor(name) for name in opened.keys()}
     document = json.dumps(json.loads(metadata["hf_memory"]) | fields, sort_keys=True)
     tensors = {name: x for name, x in (kept | (tensors or {})).items() if x is not None}
-    save_file(tensors, file, {"hf_memory": document, "sha256": memory_file._digest(document, tensors)})
+    save_file(tensors, file, {"hf_memory": document, "sha256": memory_file.content_digest(document, tensors)})
     return file
 
 
