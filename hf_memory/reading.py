@@ -118,7 +118,7 @@ class MemoryReaderMixin:
             raise ValueError(
                 f"Layers {', '.join(map(str, growing))} of this {self.config.model_type} keep keys and values of "
                 "every token, so that its memory would grow with the text: convert them, too, choose a teacher whose "
-                "attention has a window, or pass `allow_growth=True`."
+                "attention has a window, or pass `allow_growth=True` (`--allow-growth`)."
             )
         is_new = not memory.layers[0].is_initialized
         pieces, total = _pieces(source, tokenizer, piece, is_new)

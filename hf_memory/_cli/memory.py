@@ -72,14 +72,16 @@ def read(
         stop.memory.notes = known | {_CHARACTERS: str(done)}
         if text != "-":
             stop.memory.notes[_SHA256] = _hash_start(text, done)
-        stop.memory.save_pretrained(part)
+        with _sentences():
+            stop.memory.save_pretrained(part)
         how = "run the same command again" if text != "-" else f"pass --memory {part} with the rest"
         typer.echo(f"Stopped. The memory of the first {done:,} characters is in {part}: {how} to go on.", err=True)
         raise typer.Exit(130) from None
     name = "standard input" if text == "-" else Path(text).name
     filled.notes = {key: value for key, value in known.items() if key not in (_CHARACTERS, _SHA256)}
     filled.notes["source"] = " + ".join(filter(None, (filled.notes.get("source"), name)))
-    filled.save_pretrained(output)
+    with _sentences():
+        filled.save_pretrained(output)
     part.unlink(missing_ok=True)
     info = filled.info
     typer.echo(f"{info.tokens:,} tokens are in {output}, {readable_size(output.stat().st_size)}.")
@@ -93,8 +95,9 @@ def info(
     from hf_memory.memory_file import read_info
     from hf_memory.memory_hub import find_memory_file
 
-    path = find_memory_file(source)
-    described = read_info(path)
+    with _sentences():
+        path = find_memory_file(source)
+        described = read_info(path)
     if as_json:
         document = dataclasses.asdict(described) | {"file": str(path), "file_bytes": path.stat().st_size}
         typer.echo(json.dumps(document, indent=2))
@@ -108,7 +111,17 @@ def load_memory(source: str, model: PreTrainedModel) -> MemoryCache:
 
     if not hasattr(model, "read"):
         raise UserError(f"A {model.config.model_type} model has no memory to load: --memory needs one that has.")
-    return MemoryCache.from_pretrained(source, model=model)
+    with _sentences():
+        return MemoryCache.from_pretrained(source, model=model)
+
+
+@contextmanager
+def _sentences() -> Iterator[None]:
+    """What memory files say about paths, disks and networks is for the user as it is."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(str(error)) from error
 
 
 def _check_text(text: str) -> None:
@@ -144,7 +157,7 @@ def _open_text(text: str, skipped: int) -> Iterator[TextIO]:
             stream.read(skipped)
             yield stream
     except UnicodeDecodeError as error:
-        raise UserError(f"{text!r} is not UTF-8 text: {error.reason} at byte {error.start} of a block.") from error
+        raise UserError(f"{text!r} is not UTF-8 text: it has an {error.reason}.") from error
 
 
 def _hash_start(text: str, characters: int) -> str:

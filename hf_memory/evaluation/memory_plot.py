@@ -60,7 +60,7 @@ def draw_memory(trace: MemoryTrace, path: str | os.PathLike, title: str = "") ->
     figure.get_layout_engine().set(h_pad=0.01, hspace=0.0)
     if title:
         figure.suptitle(title, fontsize=11)
-    rows = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
+    rows = figure.subfigures(len(lines), 1, squeeze=False, hspace=0.06)[:, 0]
     for line, part in zip(lines, rows):
         axes = part.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         _draw_surprise(axes[0], trace, line)
