@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from transformers.cache_utils import Cache
 
 from hf_memory.memory_file import FILE_NAME, MemoryInfo, memory_path, write_memory
@@ -54,7 +53,6 @@ def find_memory_file(
         raise FileNotFoundError(f"There is no memory file {str(path)!r}.")
     wanted = filename or FILE_NAME
     try:
-        validate_repo_id(name)
         return Path(hf_hub_download(name, wanted, revision=revision, **hub_kwargs))
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
@@ -79,22 +77,30 @@ def push_memory(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """`MemoryCache.push_to_hub`."""
+    """`MemoryCache.push_to_hub`.
+
+    Raises:
+        OSError: when the Hub refuses or cannot be reached; the same call makes up for it.
+    """
     filename = filename or FILE_NAME
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         write_memory(memory, Path(folder) / filename)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if not api.file_exists(repo_id, "README.md", revision=revision):
-            card = memory_card(memory.info, repo_id, filename)
-            Path(folder, "README.md").write_text(card, encoding="utf-8")
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or f"Upload {filename}",
-        )
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if not api.file_exists(repo_id, "README.md"):
+                card = memory_card(memory.info, repo_id, filename)
+                Path(folder, "README.md").write_text(card, encoding="utf-8")
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message or f"Upload {filename}",
+            )
+        except (HfHubHTTPError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise OSError(f"The memory was not pushed to {repo_id!r}: {reason}") from error
     return commit.pr_url or commit.commit_url
 
 
