@@ -73,9 +73,9 @@ class MemoryMismatchError(ValueError):
 
 
 def memory_path(path: str | os.PathLike) -> Path:
-    """The file that a path means: itself, if it has a suffix and is no folder, else `memory.safetensors` in it."""
+    """The file that a path means: itself, if it is a file or has a suffix, else `memory.safetensors` in that folder."""
     path = Path(path)
-    return path / FILE_NAME if path.is_dir() or not path.suffix else path
+    return path if path.is_file() or (path.suffix and not path.is_dir()) else path / FILE_NAME
 
 
 def memory_info(cache: Cache) -> MemoryInfo:

@@ -11,7 +11,9 @@ from hf_memory.memory_hub import memory_card
 @pytest.fixture
 def model() -> TitansForCausalLM:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    return TitansForCausalLM(TitansConfig(**sizes, num_attention_heads=2, chunk_size=4, num_persistent_tokens=2)).eval()
+    return TitansForCausalLM(
+        TitansConfig(**sizes, num_attention_heads=2, chunk_size=4, num_persistent_tokens=2)
+    ).eval()
 
 
 def test_push_and_load_a_memory(online: LoopbackHub, model):
@@ -24,7 +26,9 @@ def test_push_and_load_a_memory(online: LoopbackHub, model):
     back = MemoryCache.from_pretrained("tester/book", model=model)
     more = torch.arange(9)[None]
     with torch.no_grad():
-        assert torch.equal(model(more, past_key_values=back).logits, model(more, past_key_values=memory.clone()).logits)
+        assert torch.equal(
+            model(more, past_key_values=back).logits, model(more, past_key_values=memory.clone()).logits
+        )
     model.read(torch.arange(5), memory=memory).push_to_hub("tester/book", filename="second.memory")
     assert online.files("tester/book")["README.md"] == files["README.md"]
     assert MemoryCache.from_pretrained("tester/book", model=model, filename="second.memory").info.tokens == 35
