@@ -12,8 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_memory.cache_layers import LAYER_CLASSES, STATIC_LAYER_CLASSES, MemoryStatesMixin, fix_address
-from hf_memory.memory_file import MemoryInfo, ModelFit, memory_info, read_memory, write_memory
-from hf_memory.memory_hub import find_memory_file, push_memory
+from hf_memory.memory_file import MemoryInfo, ModelFit, find_memory_file, memory_info, read_memory, write_memory
 from hf_memory.memory_identity import ModelIdentity
 
 
@@ -171,19 +170,6 @@ class MemoryCache(MemoryCacheMixin, DynamicCache):
         """
         path = find_memory_file(source, filename, revision, **hub_kwargs)
         return read_memory(path, ModelFit(model), check_weights)
-
-    def push_to_hub(self, repo_id: str, filename: str | None = None, **hub_kwargs) -> str:
-        """Put the memory into a repository on the Hub, in one commit, with a card if the repository has none.
-
-        Args:
-            repo_id: `"user/name"`; the repository is made if need be.
-            filename: name of the file there, `"memory.safetensors"` by default.
-            hub_kwargs: `private`, `revision`, `create_pr`, `commit_message`, `token`.
-
-        Returns:
-            Address of the commit.
-        """
-        return push_memory(self, repo_id, filename, **hub_kwargs)
 
 
 class StaticMemoryCache(MemoryCacheMixin, StaticCache):

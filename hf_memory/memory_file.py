@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -73,9 +75,41 @@ class MemoryMismatchError(ValueError):
 
 
 def memory_path(path: str | os.PathLike) -> Path:
-    """The file that a path means: itself, if it is a file or has a suffix, else `memory.safetensors` in that folder."""
+    """The file that a path means: itself, if it is one or has a suffix, else `memory.safetensors` in that folder."""
     path = Path(path)
     return path if path.is_file() or (path.suffix and not path.is_dir()) else path / FILE_NAME
+
+
+def find_memory_file(
+    source: str | os.PathLike, filename: str | None = None, revision: str | None = None, **hub_kwargs: Any
+) -> Path:
+    """The memory file that a path or the id of a repository means; what is on the Hub is downloaded.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    path = Path(source)
+    if filename is not None and path.is_dir():
+        path = path / filename
+    path = memory_path(path)
+    if path.is_file():
+        return path
+    name = str(source)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(source).exists():
+        raise FileNotFoundError(f"There is no memory file {str(path)!r}.")
+    wanted = filename or FILE_NAME
+    try:
+        return Path(hf_hub_download(name, wanted, revision=revision, **hub_kwargs))
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is no file here and not in the local cache, and the Hub cannot be reached."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a file here nor a repository on the Hub that you can read."
+        ) from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"The repository {name!r} has no file {wanted!r}.") from error
 
 
 def memory_info(cache: Cache) -> MemoryInfo:

@@ -68,7 +68,7 @@ from hf_memory.layers import (
     SlidingWindowAttention,
     create_window_mask,
 )
-from hf_memory.reading import MemoryReaderMixin
+from hf_memory.reading import MemoryReaderMixin, behind_memory
 
 
 Masks = dict[str, Tensor | None]
@@ -394,28 +394,6 @@ class MemoryGenerationMixin(GenerationMixin):
         """Masks for a compiled forward pass, made outside of it."""
         padding_mask = find_padding(attention_mask, inputs_embeds, has_read(past_key_values))
         return create_memory_masks(config, inputs_embeds, padding_mask, past_key_values)
-
-
-def behind_memory(memory: MemoryCache, tokens: Tensor, kwargs: dict) -> dict[str, Tensor]:
-    """What tells `GenerationMixin.generate` that tokens `[B, T, ...]` come behind a memory, and are all new.
-
-    transformers takes its input for the whole text, and cuts off what the cache has seen, unless the mask is longer.
-    """
-    rows, length = tokens.shape[:2]
-    mask = kwargs.get("attention_mask")
-    mask = torch.ones(rows, length, dtype=torch.long, device=tokens.device) if mask is None else mask
-    if mask.shape[1] != length:
-        return {}
-    known = {"attention_mask": torch.cat((mask.new_ones(rows, memory.get_seq_length()), mask), dim=1)}
-    generation_config = kwargs.get("generation_config")
-    chunks = kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None)
-    if kwargs.get("position_ids") is None and chunks is None:
-        # Otherwise every step would copy the positions of all that was read.
-        windows = (layer.key_positions for layer in memory.layers if isinstance(layer, MemorySlidingCacheLayer))
-        window = next((positions for positions in windows if positions is not None and positions.shape[1]), None)
-        past = memory.get_seq_length() if window is None else window.amax(1, keepdim=True).to(mask.device) + 1
-        known["position_ids"] = past + (mask.cumsum(1) - 1).clamp(min=0)
-    return known
 
 
 class MemoryForCausalLMMixin:

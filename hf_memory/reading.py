@@ -1,4 +1,4 @@
-"""`model.read`: let a model read a text once and keep what its memory has become."""
+"""`model.read`: let a model read a text once and keep what its memory has become, for `generate` to go on from."""
 
 import copy
 import re
@@ -13,6 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_memory.cache import MemoryCache
+from hf_memory.cache_layers import MemorySlidingCacheLayer
 from hf_memory.memory_file import evaluating, is_growing
 from hf_memory.memory_identity import ModelIdentity
 
@@ -151,6 +152,28 @@ class MemoryReaderMixin:
             if isinstance(error, KeyboardInterrupt):
                 raise ReadingInterruptedError(memory, tokens, characters) from None
             raise
+
+
+def behind_memory(memory: MemoryCache, tokens: Tensor, kwargs: dict) -> dict[str, Tensor]:
+    """What tells `GenerationMixin.generate` that tokens `[B, T, ...]` come behind a memory, and are all new.
+
+    transformers takes its input for the whole text, and cuts off what the cache has seen, unless the mask is longer.
+    """
+    rows, length = tokens.shape[:2]
+    mask = kwargs.get("attention_mask")
+    mask = torch.ones(rows, length, dtype=torch.long, device=tokens.device) if mask is None else mask
+    if mask.shape[1] != length:
+        return {}
+    known = {"attention_mask": torch.cat((mask.new_ones(rows, memory.get_seq_length()), mask), dim=1)}
+    generation_config = kwargs.get("generation_config")
+    chunks = kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None)
+    if kwargs.get("position_ids") is None and chunks is None:
+        # Otherwise every step would copy the positions of all that was read.
+        windows = (layer.key_positions for layer in memory.layers if isinstance(layer, MemorySlidingCacheLayer))
+        window = next((positions for positions in windows if positions is not None and positions.shape[1]), None)
+        past = memory.get_seq_length() if window is None else window.amax(1, keepdim=True).to(mask.device) + 1
+        known["position_ids"] = past + (mask.cumsum(1) - 1).clamp(min=0)
+    return known
 
 
 def _layers_of(memory: Cache) -> list[Any]:

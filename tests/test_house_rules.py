@@ -25,7 +25,6 @@ RANKS = {
     "hf_memory.cache_layers": 2,
     "hf_memory.memory_identity": 2,
     "hf_memory.memory_file": 2,
-    "hf_memory.memory_hub": 2,
     "hf_memory.reading": 3,
     "hf_memory.modeling": 3,
     "hf_memory.models": 4,

@@ -92,8 +92,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what a memory file holds, after checking that it is whole."""
-    from hf_memory.memory_file import read_info
-    from hf_memory.memory_hub import find_memory_file
+    from hf_memory.memory_file import find_memory_file, read_info
 
     with _sentences():
         path = find_memory_file(source)

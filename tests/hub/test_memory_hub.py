@@ -5,7 +5,7 @@ import torch
 from loopback import LoopbackHub
 
 from hf_memory import MemoryCache, TitansConfig, TitansForCausalLM
-from hf_memory.memory_hub import memory_card
+from hf_memory.hub.memories import memory_card
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
 """Memory files on the Hub."""
 
-import os
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-from transformers.cache_utils import Cache
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
-from hf_memory.memory_file import FILE_NAME, MemoryInfo, memory_path, write_memory
+from hf_memory.cache import MemoryCache
+from hf_memory.memory_file import FILE_NAME, MemoryInfo, write_memory
 
 
 CARD = """---
@@ -34,40 +32,8 @@ memory = hf_memory.MemoryCache.from_pretrained({repo_id!r}, model=model{filename
 """
 
 
-def find_memory_file(
-    source: str | os.PathLike, filename: str | None = None, revision: str | None = None, **hub_kwargs: Any
-) -> Path:
-    """The memory file that a path or the id of a repository means; what is on the Hub is downloaded.
-
-    Raises:
-        FileNotFoundError: when there is none.
-    """
-    path = Path(source)
-    if filename is not None and path.is_dir():
-        path = path / filename
-    path = memory_path(path)
-    if path.is_file():
-        return path
-    name = str(source)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or Path(source).exists():
-        raise FileNotFoundError(f"There is no memory file {str(path)!r}.")
-    wanted = filename or FILE_NAME
-    try:
-        return Path(hf_hub_download(name, wanted, revision=revision, **hub_kwargs))
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} is no file here and not in the local cache, and the Hub cannot be reached."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} is neither a file here nor a repository on the Hub that you can read."
-        ) from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"The repository {name!r} has no file {wanted!r}.") from error
-
-
 def push_memory(
-    memory: Cache,
+    memory: MemoryCache,
     repo_id: str,
     filename: str | None = None,
     *,
@@ -77,7 +43,20 @@ def push_memory(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """`MemoryCache.push_to_hub`.
+    """`MemoryCache.push_to_hub`: put a memory into a repository, in one commit, with a card if it has none.
+
+    Args:
+        memory: the memory.
+        repo_id: `namespace/name`; the repository is made if need be.
+        filename: name of the file there, `"memory.safetensors"` by default.
+        private: of a new repository.
+        revision: branch.
+        create_pr: open a pull request.
+        commit_message: default: `Upload <filename>`.
+        token: default: the one that `hf auth login` or `HF_TOKEN` gave.
+
+    Returns:
+        Page of the commit or of the pull request.
 
     Raises:
         OSError: when the Hub refuses or cannot be reached; the same call makes up for it.
