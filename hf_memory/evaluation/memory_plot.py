@@ -113,7 +113,8 @@ def _draw_gates(axis: Any, gates: Any, trace: MemoryTrace, line: Line, name: str
         vmin=0,
         vmax=max(float(np.nanmax(everything)), 1e-9),
     )
-    axis.set_yticks([heads * (i + 0.5) for i in range(layers)], [f"{layer}" for layer in trace.layers])
+    named = _some(layers)
+    axis.set_yticks([heads * (i + 0.5) for i in named], [f"{trace.layers[i]}" for i in named])
     for boundary in range(heads, layers * heads, heads):
         axis.axhline(boundary, color="white", linewidth=0.8)
     axis.invert_yaxis()
@@ -124,14 +125,21 @@ def _draw_gates(axis: Any, gates: Any, trace: MemoryTrace, line: Line, name: str
 
 def _draw_norms(axis: Any, trace: MemoryTrace, line: Line) -> None:
     norms = trace.norms.numpy()
+    named = _some(len(trace.norm_layers))
     for column, layer in enumerate(trace.norm_layers):
         heights = norms[line.start : line.stop, column]
-        axis.stairs(heights, line.edges, baseline=None, label=f"layer {layer}", linewidth=1.2)
+        label = f"layer {layer}" if column in named else None
+        axis.stairs(heights, line.edges, baseline=None, label=label, linewidth=1.2)
     low, high = float(norms.min(initial=0)), float(norms.max(initial=1e-9))
     axis.set_ylim(min(low, 0), 1.08 * high)
     axis.set_ylabel("state\nnorm", fontsize=7)
     if line.start == 0 and trace.norm_layers:
-        axis.legend(fontsize=6, ncols=min(len(trace.norm_layers), 8), loc="upper left", frameon=False)
+        axis.legend(fontsize=6, ncols=len(named), loc="upper left", frameon=False)
+
+
+def _some(count: int) -> range:
+    """At most eight of `count` layers, evenly spread, to be named."""
+    return range(0, count, -(-count // 8) or 1)
 
 
 def _draw_text(axis: Any, labels: list[str], trace: MemoryTrace, line: Line) -> None:

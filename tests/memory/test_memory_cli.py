@@ -174,6 +174,9 @@ def test_pictures_of_models_without_forgetting_or_gates(tmp_path):
     model = tiny(vocab_size=300, memory_decay=False, num_hidden_layers=1)
     trace = trace_memory(model, [1, 2, 3], ["a", "b", "c" * 150])
     assert (trace.forget == 0).all()
+    trace.layers, trace.write = list(range(24)), trace.write.repeat(1, 24, 1)
+    trace.forget, trace.norm_layers, trace.norms = trace.write, trace.layers, trace.norms.repeat(1, 24)
+    assert draw_memory(trace, tmp_path / "many.png").stat().st_size > 5000
     trace.layers, trace.write = [], trace.write[:, :0]
     assert draw_memory(trace, tmp_path / "new" / "a.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="nothing to look at"):

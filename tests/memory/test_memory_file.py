@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from properties.tiny import tiny_configs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small import logits_behind, tensors_of, tiny
@@ -37,24 +38,21 @@ def file(model, tmp_path) -> Path:
     return model.read(IDS).save_pretrained(tmp_path / "book.memory")
 
 
-def architectures() -> dict:
-    from properties.tiny import tiny_configs
-
-    found = {}
-    for model_type in (*ARCHITECTURES, MemoryHybridConfig.model_type):
-        found |= {f"{model_type}-{name}": config for name, config in tiny_configs(model_type).items()}
-    return found
+CONFIGS = {model_type: tiny_configs(model_type) for model_type in (*ARCHITECTURES, MemoryHybridConfig.model_type)}
+MODELS = [(model_type, name) for model_type, configs in CONFIGS.items() for name in configs]
+FAST = [(model_type, next(iter(configs))) for model_type, configs in CONFIGS.items()]
+FAST += [("titans", "mag-depth1-chunk4-zero"), ("memory_hybrid", "mistral-retrofit")]
 
 
-@pytest.mark.parametrize("name", ["titans-lmm-depth2-chunk4-init"])
-def test_round_trip_of(name, tmp_path):
-    check_round_trip(architectures()[name], tmp_path)
+@pytest.mark.parametrize("model_type, name", FAST)
+def test_round_trip(model_type, name, tmp_path):
+    check_round_trip(CONFIGS[model_type][name], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", architectures())
-def test_round_trip_of_every_architecture(name, tmp_path):
-    check_round_trip(architectures()[name], tmp_path)
+@pytest.mark.parametrize("model_type, name", MODELS)
+def test_round_trip_of_every_architecture(model_type, name, tmp_path):
+    check_round_trip(CONFIGS[model_type][name], tmp_path)
 
 
 def check_round_trip(config, folder: Path) -> None:
