@@ -343,7 +343,9 @@ class MemoryGenerationMixin(GenerationMixin):
     """`generate()` with memory caches."""
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """`GenerationMixin.generate`, which behind a memory that was read or loaded takes the new tokens only.
 
         Such a memory stands for a text whose ids nobody has. It goes on with the new tokens and those generated; fork
@@ -351,13 +353,15 @@ class MemoryGenerationMixin(GenerationMixin):
         """
         memory = kwargs.get("past_key_values")
         if getattr(memory, "takes_new_tokens_only", False):
-            tokens = next(
-                (x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs) if x is not None), None
-            )
+            given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
+            tokens = next((x for x in given if x is not None), None)
             if tokens is None or tokens.shape[1] == 0:
                 raise ValueError("A memory needs at least one new token to go on from.")
-            kwargs |= behind_memory(memory, tokens, kwargs)
-        return super().generate(inputs, generation_config, **kwargs)
+            settings = generation_config or self.generation_config
+            in_chunks = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)) is not None
+            has_positions = in_chunks or kwargs.get("position_ids") is not None
+            kwargs |= behind_memory(memory, tokens, kwargs.get("attention_mask"), not has_positions)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,

@@ -154,21 +154,23 @@ class MemoryReaderMixin:
             raise
 
 
-def behind_memory(memory: MemoryCache, tokens: Tensor, kwargs: dict) -> dict[str, Tensor]:
-    """What tells `GenerationMixin.generate` that tokens `[B, T, ...]` come behind a memory, and are all new.
+def behind_memory(memory: MemoryCache, tokens: Tensor, mask: Tensor | None, with_positions: bool) -> dict[str, Tensor]:
+    """What tells `GenerationMixin.generate` that its tokens come behind a memory, and are all new.
 
     transformers takes its input for the whole text, and cuts off what the cache has seen, unless the mask is longer.
+
+    Args:
+        memory: the memory.
+        tokens: `[B, T]` ids or `[B, T, D]` embeddings.
+        mask: `[B, T]`, or of the whole text; `None` where no token is padded.
+        with_positions: give positions, too: those that transformers makes are all that were read, copied in each step.
     """
     rows, length = tokens.shape[:2]
-    mask = kwargs.get("attention_mask")
     mask = torch.ones(rows, length, dtype=torch.long, device=tokens.device) if mask is None else mask
     if mask.shape[1] != length:
         return {}
     known = {"attention_mask": torch.cat((mask.new_ones(rows, memory.get_seq_length()), mask), dim=1)}
-    generation_config = kwargs.get("generation_config")
-    chunks = kwargs.get("prefill_chunk_size") or getattr(generation_config, "prefill_chunk_size", None)
-    if kwargs.get("position_ids") is None and chunks is None:
-        # Otherwise every step would copy the positions of all that was read.
+    if with_positions:
         windows = (layer.key_positions for layer in memory.layers if isinstance(layer, MemorySlidingCacheLayer))
         window = next((positions for positions in windows if positions is not None and positions.shape[1]), None)
         past = memory.get_seq_length() if window is None else window.amax(1, keepdim=True).to(mask.device) + 1
@@ -280,5 +282,10 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase | None, is_new: bool
         raise ValueError("Text needs its tokenizer: `model.read(text, tokenizer=tokenizer)`.")
     # More may follow a text, so that it gets no end; `verbose` would warn of its length.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    start = tokenizer("", verbose=False)["input_ids"][:1] if is_new and ids else []
-    return (start if start == [tokenizer.bos_token_id] else []) + ids
+    return (start_of_text(tokenizer) if is_new and ids else []) + ids
+
+
+def start_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS token, where the tokenizer puts one in front of a text."""
+    first = tokenizer("", verbose=False)["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []

@@ -39,12 +39,16 @@ def inspect(
     from hf_memory._cli.memory import load_memory
     from hf_memory.evaluation.memory_plot import draw_memory
     from hf_memory.evaluation.memory_trace import tokenize_with_labels, trace_memory
+    from hf_memory.reading import start_of_text
 
     start = None if memory is None else load_memory(memory, loaded)
     before = text[:-characters]
     if before:
         start = loaded.read(before, tokenizer, start, allow_growth=True)
     ids, labels = tokenize_with_labels(tokenizer, text[-characters:])
+    if start is None:
+        beginning = start_of_text(tokenizer)
+        ids, labels = beginning + ids, [tokenizer.bos_token for _ in beginning] + labels
     behind = 0 if start is None else int(start.seen_tokens)
     trace = trace_memory(loaded, ids, labels, start)
     title = f"{type(loaded).__name__}: {len(trace):,} tokens" + (f" behind {behind:,} others" if behind else "")

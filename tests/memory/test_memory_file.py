@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from properties.tiny import tiny_configs
+from properties.tiny import hybrid, tiny_configs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small import logits_behind, tensors_of, tiny
@@ -47,6 +47,10 @@ FAST += [("titans", "mag-depth1-chunk4-zero"), ("memory_hybrid", "mistral-retrof
 @pytest.mark.parametrize("model_type, name", FAST)
 def test_round_trip(model_type, name, tmp_path):
     check_round_trip(CONFIGS[model_type][name], tmp_path)
+
+
+def test_round_trip_far_behind_the_window_of_a_kept_layer(tmp_path):
+    check_round_trip(hybrid("mistral", [1], sliding_window=8), tmp_path)
 
 
 @pytest.mark.slow
