@@ -3,8 +3,10 @@
 | in the file | what it is |
 |---|---|
 | `layers.<i>.<name>` | a tensor of layer i: states `[B, ...]`, keys and values `[B, H, S, D]`, positions `[B, S]` |
-| metadata `hf_memory` | JSON: format version, the model (`hf_memory.memory_identity`), tokens, rows, notes |
-| metadata `sha256` | hash of that JSON and of names, dtypes, shapes and bytes of all tensors |
+| metadata `hf_memory` | JSON: format version, the model (`hf_memory.memory_identity`), tokens, rows, notes, hash |
+
+The hash, `sha256`, is that of the other fields and of names, dtypes, shapes and bytes of all tensors. The same memory
+gives the same file.
 
 Nothing in a file is taken as code or as a path, and nothing of it reaches a model before all of it was checked.
 """
@@ -40,6 +42,7 @@ FILE_NAME = "memory.safetensors"
 """Name of a memory file inside a folder or a repository."""
 
 _DOCUMENT, _HASH = "hf_memory", "sha256"
+_UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 _ATTENTION = {"attention.keys": 2, "attention.values": 2}
 """Tensors of a layer of transformers, and their dimension that counts slots."""
 
@@ -145,22 +148,19 @@ def write_memory(cache: Cache, path: str | os.PathLike) -> Path:
     for name, tensor in tensors.items():
         if tensor.isnan().any():
             raise ValueError(f"The memory has diverged: {name} holds NaN. It is of no use, so it is not saved.")
-    document = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "model": dataclasses.asdict(info.model) | {"config_hash": info.model.config_hash},
-            "tokens": info.tokens,
-            "rows": info.rows,
-            "notes": info.notes,
-        },
-        sort_keys=True,
-    )
-    metadata = {"format": "pt", _DOCUMENT: document, _HASH: content_digest(document, tensors)}
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(info.model) | {"config_hash": info.model.config_hash},
+        "tokens": info.tokens,
+        "rows": info.rows,
+        "notes": info.notes,
+    }
+    fields[_HASH] = content_digest(fields, tensors)
     path = memory_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _written_beside(path) as beside:
-            save_file(tensors, beside, metadata)
+            save_file(tensors, beside, {_DOCUMENT: json.dumps(fields, sort_keys=True)})
     except Exception as error:
         raise OSError(f"The memory could not be written to {path}: {error}. Nothing of it is left there.") from error
     return path
@@ -333,8 +333,9 @@ def _describe(tensors: dict[str, Tensor], model: ModelIdentity, tokens: int, not
     return MemoryInfo(model, tokens, rows, notes, {what: size for what, size in parts.items() if size})
 
 
-def content_digest(document: str, tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(document.encode())
+def content_digest(fields: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Hash of what a memory file says about itself and of all of its tensors."""
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -379,32 +380,28 @@ def _open(path: str | os.PathLike) -> tuple[MemoryInfo, dict[str, Tensor]]:
         raise ValueError(f"{path} is no safetensors file, or a truncated or altered one: {error}.") from error
     if document is None:
         raise ValueError(f"{path} is a safetensors file, but holds no memory: it lacks the metadata of one.")
-    version = _format_version(document)
-    if version is not None and version > FORMAT_VERSION:
+    try:
+        fields = json.loads(document)
+        version, digest = fields["format_version"], fields.pop(_HASH)
+    except _UNREADABLE as error:
+        raise ValueError(f"{path} was altered or damaged: it does not say what it holds.") from error
+    if type(version) is int and version > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version}, the installed hf-memory reads up to {FORMAT_VERSION}: upgrade it "
             "with `pip install -U hf-memory`."
         )
-    if content_digest(document, tensors) != metadata.get(_HASH):
+    if digest != content_digest(fields, tensors):
         raise ValueError(f"{path} was altered or damaged after it was written: its hash is another one.")
     try:
-        return _parse(json.loads(document), tensors), tensors
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        return _parse(fields, tensors), tensors
+    except _UNREADABLE as error:
         raise ValueError(f"{path} describes itself in a way that no memory file does: {error!r}.") from error
 
 
-def _format_version(document: str) -> int | None:
-    try:
-        version = json.loads(document)["format_version"]
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
-    return version if type(version) is int else None
-
-
-def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> MemoryInfo:
-    tokens, rows, model, notes = (document[name] for name in ("tokens", "rows", "model", "notes"))
-    if document["format_version"] != FORMAT_VERSION:
-        raise ValueError(f"format version {document['format_version']!r}")
+def _parse(fields: dict[str, Any], tensors: dict[str, Tensor]) -> MemoryInfo:
+    tokens, rows, model, notes = (fields[name] for name in ("tokens", "rows", "model", "notes"))
+    if fields["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {fields['format_version']!r}")
     if type(tokens) is not int or type(rows) is not int or not (0 < tokens < 2**62 and 0 < rows < 2**31):
         raise ValueError(f"{rows!r} rows of {tokens!r} tokens")
     if not all(isinstance(text, str) for item in notes.items() for text in item):

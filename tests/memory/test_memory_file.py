@@ -299,9 +299,11 @@ def forge(file: Path, tensors: dict | None = None, **fields) -> Path:
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
         kept = {name: opened.get_tensor(name) for name in opened.keys()}
-    document = json.dumps(json.loads(metadata["hf_memory"]) | fields, sort_keys=True)
+    document = json.loads(metadata["hf_memory"]) | fields
+    del document["sha256"]
     tensors = {name: x for name, x in (kept | (tensors or {})).items() if x is not None}
-    save_file(tensors, file, {"hf_memory": document, "sha256": memory_file.content_digest(document, tensors)})
+    document["sha256"] = memory_file.content_digest(document, tensors)
+    save_file(tensors, file, {"hf_memory": json.dumps(document)})
     return file
 
 

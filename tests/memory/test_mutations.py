@@ -105,7 +105,7 @@ def drop_a_tensor(header: dict, rng: random.Random) -> None:
 def change_metadata(header: dict, rng: random.Random) -> None:
     metadata = header["__metadata__"]
     document = json.loads(metadata["hf_memory"])
-    change = rng.randrange(8)
+    change = rng.randrange(9)
     if change == 0:
         document["tokens"] = rng.choice((0, -1, 62, 2**70, 1.5, "61", None, [], True))
     elif change == 1:
@@ -118,11 +118,13 @@ def change_metadata(header: dict, rng: random.Random) -> None:
         del document[rng.choice(list(document))]
     elif change == 5:
         document["notes"] = rng.choice(({"path": "../../etc/passwd"}, [], None, {"a": {"b": {}}}))
+    elif change == 6:
+        document["sha256"] = rng.choice(("", "0" * 64, document["sha256"].upper(), document["sha256"][:-1], 1, None))
     metadata["hf_memory"] = json.dumps(document, sort_keys=True)
-    if change == 6:
+    if change == 7:
         metadata["hf_memory"] = rng.choice(("", "{", "[" * 100_000, "1" * 5000, "null", "[]", '{"a": NaN}'))
-    elif change == 7:
-        metadata["sha256"] = rng.choice(("", "0" * 64, metadata["sha256"].upper(), metadata["sha256"][:-1]))
+    elif change == 8:
+        header["__metadata__"] = rng.choice(({}, {"format": "pt"}, {"hf_memory": 1}, "text", None))
 
 
 def in_header(change: Callable[[dict, random.Random], None]) -> Callable[[bytearray, random.Random], bytearray]:
@@ -148,10 +150,12 @@ def signed(mutate: Callable[[bytearray, random.Random], bytearray]) -> Callable[
         size = header_size(changed)
         header = json.loads(bytes(changed[8 : 8 + size]))
         try:
-            digest = content_digest(header["__metadata__"]["hf_memory"], load(bytes(changed)))
+            fields = json.loads(header["__metadata__"]["hf_memory"])
+            del fields["sha256"]
+            fields["sha256"] = content_digest(fields, load(bytes(changed)))
         except Exception:
             return changed  # no safetensors file any more
-        return in_header(lambda header, rng: header["__metadata__"].update(sha256=digest))(changed, rng)
+        return in_header(lambda header, rng: header["__metadata__"].update(hf_memory=json.dumps(fields)))(changed, rng)
 
     mutate_and_sign.__name__ = f"{mutate.__name__} and sign"
     return mutate_and_sign
