@@ -68,7 +68,7 @@ from hf_memory.layers import (
     SlidingWindowAttention,
     create_window_mask,
 )
-from hf_memory.reading import MemoryReaderMixin, behind_memory
+from hf_memory.reading import MemoryReaderMixin, behind_memory, match_rows
 
 
 Masks = dict[str, Tensor | None]
@@ -348,8 +348,8 @@ class MemoryGenerationMixin(GenerationMixin):
     ):
         """`GenerationMixin.generate`, which behind a memory that was read or loaded takes the new tokens only.
 
-        Such a memory stands for a text whose ids nobody has. It goes on with the new tokens and those generated; fork
-        it first to keep it as it is.
+        Such a memory stands for a text whose ids nobody has. It goes on with the new tokens and those generated, with
+        as many rows as that takes; fork it first to keep it as it is.
         """
         memory = kwargs.get("past_key_values")
         if getattr(memory, "takes_new_tokens_only", False):
@@ -357,10 +357,12 @@ class MemoryGenerationMixin(GenerationMixin):
             tokens = next((x for x in given if x is not None), None)
             if tokens is None or tokens.shape[1] == 0:
                 raise ValueError("A memory needs at least one new token to go on from.")
+            names = ("prefill_chunk_size", "num_beams", "num_return_sequences")
             settings = generation_config or self.generation_config
-            in_chunks = kwargs.get("prefill_chunk_size", getattr(settings, "prefill_chunk_size", None)) is not None
-            has_positions = in_chunks or kwargs.get("position_ids") is not None
-            kwargs |= behind_memory(memory, tokens, kwargs.get("attention_mask"), not has_positions)
+            chunk, *copies = (kwargs.get(name, getattr(settings, name, None)) for name in names)
+            with_positions = chunk is None and kwargs.get("position_ids") is None
+            match_rows(memory, tokens.shape[0], max(number or 1 for number in copies))
+            kwargs |= behind_memory(memory, tokens, kwargs.get("attention_mask"), with_positions)
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(

@@ -13,7 +13,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_memory.cache import MemoryCache
-from hf_memory.cache_layers import MemorySlidingCacheLayer
+from hf_memory.cache_layers import MemorySlidingCacheLayer, MemoryStatesMixin
 from hf_memory.memory_file import evaluating, is_growing
 from hf_memory.memory_identity import ModelIdentity
 
@@ -160,7 +160,7 @@ def behind_memory(memory: MemoryCache, tokens: Tensor, mask: Tensor | None, with
     transformers takes its input for the whole text, and cuts off what the cache has seen, unless the mask is longer.
 
     Args:
-        memory: the memory.
+        memory: the memory, with `match_rows` behind it.
         tokens: `[B, T]` ids or `[B, T, D]` embeddings.
         mask: `[B, T]`, or of the whole text; `None` where no token is padded.
         with_positions: give positions, too: those that transformers makes are all that were read, copied in each step.
@@ -173,9 +173,29 @@ def behind_memory(memory: MemoryCache, tokens: Tensor, mask: Tensor | None, with
     if with_positions:
         windows = (layer.key_positions for layer in memory.layers if isinstance(layer, MemorySlidingCacheLayer))
         window = next((positions for positions in windows if positions is not None and positions.shape[1]), None)
-        past = memory.get_seq_length() if window is None else window.amax(1, keepdim=True).to(mask.device) + 1
+        past = memory.get_seq_length()
+        if window is not None:
+            # The memory has the rows of all beams, the tokens do not yet.
+            past = window[:: window.shape[0] // rows].amax(1, keepdim=True).to(mask.device) + 1
         known["position_ids"] = past + (mask.cumsum(1) - 1).clamp(min=0)
     return known
+
+
+def match_rows(memory: MemoryCache, rows: int, copies: int) -> None:
+    """Bring a memory to `rows * copies` rows, from one row or from one for each of `rows` questions.
+
+    Raises:
+        ValueError: for a memory of another number of rows.
+    """
+    layers = (layer for layer in memory.layers if isinstance(layer, MemoryStatesMixin) and layer.has_states)
+    layer = next(layers, None)
+    held = rows * copies if layer is None else next(iter(layer.states.values())).shape[0]
+    if held == 1 and rows * copies > 1:
+        memory.batch_repeat_interleave(rows * copies)
+    elif held == rows and copies > 1:
+        memory.batch_repeat_interleave(copies)
+    elif layer is not None:
+        layer.check_rows(rows * copies)
 
 
 def _layers_of(memory: Cache) -> list[Any]:

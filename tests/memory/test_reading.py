@@ -152,7 +152,6 @@ def test_padded_questions_behind_one_memory(model):
     single = [model.generate(torch.cat((ids, q[None]), 1), **greedy)[:, -8:] for q in (questions[0], questions[1, 2:])]
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
     memory = model.read(ids)
-    memory.batch_repeat_interleave(2)
     both = model.generate(questions, attention_mask=mask, past_key_values=memory, **greedy)[:, -8:]
     assert torch.equal(both, torch.cat(single))
     # A second round: the padding of the first one takes no position.
@@ -163,6 +162,25 @@ def test_padded_questions_behind_one_memory(model):
         for i, (q, s) in enumerate(zip((questions[0], questions[1, 2:]), single))
     ]
     assert torch.equal(second, torch.cat([model.generate(t, **greedy)[:, -8:] for t in told]))
+
+
+def test_beams_and_several_answers_behind_one_memory(model):
+    ids, questions = torch.randint(260, (1, 31)), torch.randint(260, (2, 5))
+    whole, memory = torch.cat((ids.expand(2, -1), questions), 1), model.read(ids)
+    beams = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False}
+    expected = model.generate(whole, **beams)[:, 31:]
+    prepared = memory.clone()
+    prepared.batch_repeat_interleave(6)
+    for cache in (memory.clone(), prepared):
+        assert torch.equal(model.generate(questions, past_key_values=cache, **beams), expected)
+    several = {"max_new_tokens": 4, "num_return_sequences": 2, "do_sample": True, "top_k": 5}
+    torch.manual_seed(3)
+    expected = model.generate(whole, **several)[:, 31:]
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(questions, past_key_values=memory, **several), expected)
+    assert memory.info.rows == 4
+    with pytest.raises(ValueError, match="holds 4 rows, the input has 3"):
+        model.generate(torch.randint(260, (3, 5)), past_key_values=memory, max_new_tokens=2)
 
 
 def test_a_question_of_no_tokens_is_refused(model):
