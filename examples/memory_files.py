@@ -90,7 +90,8 @@ def keep_a_text(
 
 def first_token(model: PreTrainedModel, ids: torch.Tensor, cache: Any = None) -> int:
     """The likeliest token behind `ids`."""
-    return int(model.generate(ids, past_key_values=cache, max_new_tokens=1, do_sample=False)[0, -1])
+    with torch.no_grad():
+        return int(model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
 
 
 def ask(
@@ -120,7 +121,7 @@ def ask(
         ),
         "Titans, reading again": (0.0, memory.nbytes, [lambda ids=ids: re_read(ids) for ids in whole[:2]]),
         "Llama, key/value prefix": (
-            prefilling, prefix_bytes, [lambda ids=ids: first_token(llama, ids, copy.deepcopy(prefix)) for ids in whole]
+            prefilling, prefix_bytes, [lambda q=q: first_token(llama, q, copy.deepcopy(prefix)) for q in questions]
         ),
         "Llama, reading again": (0.0, prefix_bytes, [lambda ids=ids: first_token(llama, ids) for ids in whole[:2]]),
     }  # fmt: skip
