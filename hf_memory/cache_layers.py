@@ -95,7 +95,7 @@ class MemoryStatesMixin(CacheLayerMixin):
     def saved_tensors(self) -> States:
         """What of the layer a memory file keeps, by name.
 
-        A class that overrides `tensors` overrides this and `restore` too; what follows from the weights is left out.
+        A class that keeps more than states overrides this and `restore`; what follows from the weights is left out.
         """
         return dict(self.states)
 

@@ -217,7 +217,8 @@ class ModelFit:
         self.identity = ModelIdentity.of(model)
         self.config = model.config.get_text_config(decoder=True)
         memory_config = self.config.make_memory_config() if hasattr(self.config, "make_memory_config") else self.config
-        self._chunk_size = getattr(memory_config, "chunk_size", 1)
+        # Integer states that count rows of a chunk or tokens of a segment, by the end of their name.
+        self._counted = {"phase": memory_config.chunk_size, "position": getattr(memory_config, "segment_size", None)}
         self._new_cache = model.new_memory
         probe = model.new_memory()
         with evaluating(model), torch.no_grad():
@@ -257,9 +258,10 @@ class ModelFit:
             if tensor.isnan().any():
                 raise ValueError(f"The memory has diverged: its tensor {name!r} holds NaN.")
             return
-        # Integers are positions of tokens, or say how many rows of the current chunk are filled. Others would lead
-        # kernels out of their tensors.
-        low, high = (0, self._chunk_size - 1) if name.endswith("phase") else (-1, tokens)
+        # Integers are positions of tokens, or say how much of a chunk or segment is filled. Others would lead kernels
+        # out of their tensors.
+        limit = self._counted.get(name.rsplit(".", 1)[-1])
+        low, high = (-1, tokens) if limit is None else (0, limit - 1)
         if tensor.numel() and not low <= int(tensor.min()) <= int(tensor.max()) <= high:
             raise ValueError(f"The memory does not fit the model: its tensor {name!r} leaves {low} to {high}.")
 
@@ -283,12 +285,14 @@ def is_growing(layer: Any) -> bool:
 
 def _saved_tensors(layer: Any) -> dict[str, Tensor]:
     if isinstance(layer, MemoryStatesMixin):
-        owners = [next(c for c in type(layer).__mro__ if name in vars(c)) for name in ("tensors", "saved_tensors")]
-        if owners[0] is not owners[1] or layer.is_compileable:
+        saved = layer.saved_tensors()
+        # Keys and values of a learned prefix follow from the weights.
+        known = {id(tensor) for tensor in (*saved.values(), *(getattr(layer, "prefix", None) or ()))}
+        if layer.is_compileable or any(id(tensor) not in known for tensor in layer.tensors()):
             raise ValueError(
                 f"A {type(layer).__name__} cannot be saved: memory files are made from what `model.read` returns."
             )
-        return layer.saved_tensors()
+        return saved
     if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise ValueError(f"A {type(layer).__name__} cannot be saved in a memory file.")
     return dict(zip(_ATTENTION, (layer.keys, layer.values))) if layer.is_initialized else {}

@@ -189,7 +189,7 @@ def match_rows(memory: MemoryCache, rows: int, copies: int) -> None:
     """
     layers = (layer for layer in memory.layers if isinstance(layer, MemoryStatesMixin) and layer.has_states)
     layer = next(layers, None)
-    held = rows * copies if layer is None else next(iter(layer.states.values())).shape[0]
+    held = rows * copies if layer is None else next(layer.tensors()).shape[0]
     if held == 1 and rows * copies > 1:
         memory.batch_repeat_interleave(rows * copies)
     elif held == rows and copies > 1:

@@ -366,3 +366,12 @@ def test_local_paths_do_not_get_into_a_file(model, tmp_path):
     assert str(tmp_path).encode() not in file.read_bytes() and read_info(file).model.name is None
     loaded.config._name_or_path = "user/model"
     assert loaded.read(IDS).info.model.name == "user/model"
+
+
+def test_a_layer_that_does_not_say_all_it_keeps_is_refused(model, tmp_path):
+    memory = model.read(IDS)
+    extra, tensors = torch.zeros(1), type(memory.layers[0]).tensors
+    kind = type("Hoarder", (type(memory.layers[0]),), {"tensors": lambda self: iter([*tensors(self), extra])})
+    memory.layers[0].__class__ = kind
+    with pytest.raises(ValueError, match="A Hoarder cannot be saved"):
+        memory.save_pretrained(tmp_path / "a.memory")
