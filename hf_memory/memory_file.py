@@ -218,7 +218,10 @@ class ModelFit:
         self.config = model.config.get_text_config(decoder=True)
         memory_config = self.config.make_memory_config() if hasattr(self.config, "make_memory_config") else self.config
         # Integer states that count rows of a chunk or tokens of a segment, by the end of their name.
-        self._counted = {"phase": memory_config.chunk_size, "position": getattr(memory_config, "segment_size", None)}
+        self._counted = {
+            end: getattr(memory_config, field, None)
+            for end, field in (("phase", "chunk_size"), ("position", "segment_size"))
+        }
         self._new_cache = model.new_memory
         probe = model.new_memory()
         with evaluating(model), torch.no_grad():
