@@ -12,7 +12,7 @@ them. Each kind of layer has a static twin that keeps the addresses of its tenso
 """
 
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ class MemoryStatesMixin(CacheLayerMixin):
         self.is_offloaded = False
         self.seq_length: int | Tensor = 0
         self.device: torch.device | None = None
+
+    slot_dims: ClassVar[dict[str, int]] = {}
+    """Dimension of a saved tensor that counts the slots of a window, for those that have one."""
 
     def get_states(self, overwritten: str | None = None) -> States | None:
         """States after the tokens seen so far; `None` before the first, where the mixer has its learned start.
@@ -123,6 +126,21 @@ class MemoryStatesMixin(CacheLayerMixin):
     def nbytes(self) -> int:
         """Size of all tensors that the layer holds, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
+
+    def saved_tensors(self) -> States:
+        """What of the layer a memory file keeps, by name.
+
+        A class that keeps more than states overrides this and `restore`; what follows from the weights is left out.
+        """
+        return dict(self.states)
+
+    def restore(self, tensors: States, num_tokens: int) -> None:
+        """Become the layer that `saved_tensors` described, behind `num_tokens` tokens (padded ones included)."""
+        self.update_states(tensors, num_tokens)
+
+    def num_saved_slots(self, num_tokens: int) -> int:
+        """Slots that a window has behind `num_tokens` tokens."""
+        return 0
 
     def _replace(self, old: Tensor | None, new: Tensor) -> Tensor:
         # Never copied into `old`: it may belong to the graph of a truncated backward pass or, when it was made in
@@ -321,6 +339,7 @@ class MemorySlidingCacheLayer(PrefixMixin):
 
     is_compileable = False
     is_sliding = True
+    slot_dims = {"window.keys": 2, "window.values": 2, "window.positions": 1}
 
     def __init__(self, sliding_window: int | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -401,6 +420,20 @@ class MemorySlidingCacheLayer(PrefixMixin):
         if self.keys is not None:
             yield from (self.keys, self.values, self.key_positions)
         yield from self.prefix or ()
+
+    def saved_tensors(self) -> States:
+        """States and window; keys and values of the learned prefix follow from the weights."""
+        window = zip(self.slot_dims, (self.keys, self.values, self.key_positions))
+        return super().saved_tensors() | {name: tensor for name, tensor in window if tensor is not None}
+
+    def restore(self, tensors: States, num_tokens: int) -> None:
+        """See `MemoryStatesMixin.restore`."""
+        self.keys, self.values, self.key_positions = (tensors[name] for name in self.slot_dims)
+        super().restore({name: x for name, x in tensors.items() if name not in self.slot_dims}, num_tokens)
+
+    def num_saved_slots(self, num_tokens: int) -> int:
+        """Slots that the window has behind `num_tokens` tokens."""
+        return min(num_tokens, self.num_slots)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         super()._map(function)

@@ -1,4 +1,4 @@
-"""The command line: `hf-memory generate | info | doctor | check | convert | card | push`.
+"""The command line: `hf-memory COMMAND`; `--help` lists them.
 
 Exits with 1 if a check failed, 2 on wrong input.
 """
@@ -18,7 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_memory._cli import convert as conversion
-from hf_memory._cli import hub
+from hf_memory._cli import hub, inspection
+from hf_memory._cli import memory as memories
 from hf_memory._cli.state_size import readable_size
 
 
@@ -84,6 +85,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of sampling: mass of the tokens kept.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    memory: Annotated[
+        str | None, typer.Option("--memory", "-m", help="Memory file or its Hub id; the prompt comes behind it.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
@@ -96,7 +100,10 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     loaded = load_model(model, device, dtype, trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(loaded.device)
+    # Behind a memory no text begins.
+    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=memory is None).to(
+        loaded.device
+    )
     if not inputs["input_ids"].shape[1]:
         raise UserError("The prompt is empty, and the tokenizer adds no token of its own to start from.")
     set_seed(seed)
@@ -104,6 +111,8 @@ def generate(
     if loaded.generation_config.pad_token_id is None and tokenizer.pad_token_id is None:
         # Only to keep transformers from announcing that it does the same.
         sampling["pad_token_id"] = tokenizer.eos_token_id
+    if memory is not None:
+        sampling["past_key_values"] = memories.load_memory(memory, loaded)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, streamer=streamer, **sampling)
 
@@ -229,6 +238,11 @@ def check(
 app.command("convert")(_one_sentence(conversion.command()))
 app.command("card")(_one_sentence(hub.card))
 app.command("push")(_one_sentence(hub.push))
+app.command("read")(_one_sentence(memories.read))
+app.command("inspect")(_one_sentence(inspection.inspect))
+memory_app = typer.Typer(help="Memory files: what a model has read.", no_args_is_help=True)
+memory_app.command("info")(_one_sentence(memories.info))
+app.add_typer(memory_app, name="memory")
 
 
 def _subject(

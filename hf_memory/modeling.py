@@ -68,6 +68,7 @@ from hf_memory.layers import (
     SlidingWindowAttention,
     create_window_mask,
 )
+from hf_memory.reading import MemoryReaderMixin, behind_memory, match_rows
 
 
 Masks = dict[str, Tensor | None]
@@ -102,7 +103,7 @@ class MemoryDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_mixer_layernorm(hidden_states))
 
 
-class MemoryPreTrainedModel(PreTrainedModel):
+class MemoryPreTrainedModel(MemoryReaderMixin, PreTrainedModel):
     """What holds for the models of every architecture."""
 
     config: MemoryConfig
@@ -342,6 +343,29 @@ def create_memory_masks(
 
 class MemoryGenerationMixin(GenerationMixin):
     """`generate()` with memory caches."""
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
+        """`GenerationMixin.generate`, which behind a memory that was read or loaded takes the new tokens only.
+
+        Such a memory stands for a text whose ids nobody has. It goes on with the new tokens and those generated, with
+        as many rows as that takes; fork it first to keep it as it is.
+        """
+        memory = kwargs.get("past_key_values")
+        if getattr(memory, "takes_new_tokens_only", False):
+            given = (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), inputs)
+            tokens = next((x for x in given if x is not None), None)
+            if tokens is None or tokens.shape[1] == 0:
+                raise ValueError("A memory needs at least one new token to go on from.")
+            names = ("prefill_chunk_size", "num_beams", "num_return_sequences")
+            settings = generation_config or self.generation_config
+            chunk, *copies = (kwargs.get(name, getattr(settings, name, None)) for name in names)
+            with_positions = chunk is None and kwargs.get("position_ids") is None
+            match_rows(memory, tokens.shape[0], max(number or 1 for number in copies))
+            kwargs |= behind_memory(memory, tokens, kwargs.get("attention_mask"), with_positions)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,

@@ -27,6 +27,7 @@ def register_architectures() -> None:
         _register_with_auto_classes(model_type, architecture)
     _register_hybrid()
     _complete_push_to_hub()
+    _let_memories_be_pushed()
     _register_with_peft()
 
 
@@ -81,6 +82,19 @@ def _complete_push_to_hub() -> None:
 
     for model_class in (MemoryPreTrainedModel, MemoryHybridForCausalLM, MemoryHybridModel):
         model_class.push_to_hub = push_to_hub
+
+
+def _let_memories_be_pushed() -> None:
+    # Set from here: the class travels with checkpoints, and must not bring `hf_memory.hub` with it.
+    from hf_memory.cache import MemoryCache
+
+    def push_to_hub(self, repo_id: str, filename: str | None = None, **options) -> str:
+        """Put the memory into a repository on the Hub, see `hf_memory.hub.memories.push_memory`."""
+        from hf_memory.hub.memories import push_memory
+
+        return push_memory(self, repo_id, filename, **options)
+
+    MemoryCache.push_to_hub = push_to_hub
 
 
 def _register_with_peft() -> None:

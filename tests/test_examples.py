@@ -83,6 +83,16 @@ def test_million_tokens_reports_what_it_has_on_ctrl_c(example, monkeypatch):
     assert all(speed > 0 for speed in reading.end_speeds())
 
 
+def test_memory_files_are_kept_and_forked(example, tmp_path: Path, capsys):
+    sizes = {"tokens": 1500, "prompt": 200, "forks": 3, "hidden": 16, "layers": 1, "heads": 2, "depth": 1}
+    example("memory_files").main(output=tmp_path / "runs", **sizes)
+    output = capsys.readouterr().out
+    assert "identical to the bit" in output and "library.memory: The memory was made by a model of the same" in output
+    document = json.loads((tmp_path / "runs" / "memory_files.json").read_text())
+    assert document["file"]["tokens"] == 1500 and len(document["reuse"]) == 4
+    assert document["file"]["file_bytes"] == (tmp_path / "runs" / "library.memory").stat().st_size
+
+
 def test_training_comparison_compares_equals(example, tmp_path: Path, capsys):
     comparison = example("train_comparison")
     comparison.main(output=tmp_path, **TINY_TRAINING)

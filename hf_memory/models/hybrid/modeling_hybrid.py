@@ -31,6 +31,7 @@ from hf_memory.configuration import MEMORY
 from hf_memory.layers import takes_additive_mask, window_mask
 from hf_memory.modeling import MemoryGenerationMixin, find_packing, find_padding, has_read, packed_sequence_ids
 from hf_memory.models import ARCHITECTURES
+from hf_memory.reading import MemoryReaderMixin
 
 from .configuration_hybrid import MemoryHybridConfig
 
@@ -127,7 +128,7 @@ class RetrofitAttentionMixin:
         return attended + remembered, weights
 
 
-class TeacherDispatchMixin:
+class TeacherDispatchMixin(MemoryReaderMixin):
     """Makes the class that belongs to a configuration: a subclass of the teacher's."""
 
     config_class = MemoryHybridConfig
