@@ -12,9 +12,9 @@ from torch import Tensor
 from ..coefficients_triton import TileCoefficients
 from ..launch import differentiable_op, dot_precision, launch
 from ..types import Norm
-from .triton_forward import advance_kernel
+from .triton_advance import advance_kernel
 from .triton_plan import Cut, Memory, group_of, padded
-from .triton_reads import reads_kernel
+from .triton_read import read_backward_kernel, read_kernel
 from .triton_reverse import reverse_kernel
 
 
@@ -54,7 +54,7 @@ def mlp_scan(
     weight, bias = (None, None) if norm is None else (x.contiguous() for x in norm)
     numbers = (depth, carry[0].shape[-1] if depth > 1 else q.shape[-1], len(carry) > depth, tile, activation, eps)
     out, state, _ = _scan(
-        q.contiguous(), k.contiguous(), v.contiguous(), *coefficients, packed_base, weight, bias, _pack(carry), *numbers
+        q.contiguous(), k.contiguous(), v.contiguous(), *coefficients, packed_base, weight, bias, _pack(carry), *numbers, True
     )  # fmt: skip
     parts = state.split([s[-2] * s[-1] for s in shapes], dim=-1)
     return out, tuple(part.unflatten(-1, s[-2:]) for part, s in zip(parts, shapes))
@@ -64,41 +64,69 @@ def _pack(matrices: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.float().flatten(-2) for x in matrices], dim=-1)
 
 
-def _constants(
-    q: Tensor, base: Tensor | None, weight: Tensor | None, numbers: tuple[int, int, bool, int, str, float]
-) -> dict[str, object]:
-    depth, hidden, has_momentum, tile, activation, _ = numbers
-    width = q.shape[-1]
-    return {
-        "DEPTH": depth, "TILE": tile, "BLOCK": padded(tile), "WIDTH": width, "BLOCK_D": padded(width),
-        "HIDDEN": hidden, "ACT": activation, "HAS_BASE": base is not None, "HAS_NORM": weight is not None,
-        "HAS_MOMENTUM": has_momentum, "PRECISION": dot_precision(),
-        "BLOCK_J": 16, "num_warps": 4, "num_stages": 1,
-    }  # fmt: skip
+class _Walk:
+    """One call: its sizes, its compile-time constants, and scratch for a group of tiles."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, base, weight, bias, state: Tensor, numbers: tuple) -> None:
+        depth, hidden, has_momentum, tile, activation, self.eps = numbers
+        self.operands, (self.batch, self.num_tokens, self.heads, width) = (q, k, v), q.shape
+        self.num_tiles, self.programs = triton.cdiv(self.num_tokens, tile), self.batch * self.heads
+        self.group = group_of(self.num_tiles)
+        # Operands that a kernel does not touch when they are absent still need an address.
+        self.shared = [state if x is None else x for x in (base, weight, bias)]
+        self.constants = {
+            "DEPTH": depth, "TILE": tile, "BLOCK": padded(tile), "WIDTH": width, "BLOCK_D": padded(width),
+            "HIDDEN": hidden, "HAS_BASE": base is not None, "HAS_NORM": weight is not None,
+            "HAS_MOMENTUM": has_momentum, "PRECISION": dot_precision(),
+            "BLOCK_J": 16, "num_warps": 4, "num_stages": 1,
+        }  # fmt: skip
+        self.activation = activation
+        self.rows = (self.group, self.batch, self.heads, padded(tile))
+        hidden = hidden if depth > 1 else 0
+        self.states = state.new_empty(self.group + 1, *state.shape)
+        self.preactivation = state.new_empty(*self.rows, width)
+        self.u_last = q.new_empty(*self.rows, width)
+        self.x_rows, self.u_rows = (q.new_empty(*self.rows, hidden) for _ in range(2))
+
+    def groups(self) -> list[tuple[int, int]]:
+        """First tile and number of tiles of each group."""
+        starts = range(0, self.num_tiles, self.group)
+        return [(first, min(self.group, self.num_tiles - first)) for first in starts]
+
+    def advance(self, rows: Tensor, ends: Tensor, first: int, count: int) -> None:
+        _, k, v = self.operands
+        launch(
+            advance_kernel, self.programs, k, v, rows, ends, *self.shared, self.states, self.x_rows, self.u_rows,
+            self.u_last, self.preactivation, self.num_tokens, self.num_tiles, first, count, self.heads, self.eps,
+            ACT=self.activation, **self.constants,
+        )  # fmt: skip
+
+    def read(self, grad: Tensor, rows: Tensor, first: int, count: int, results: list[Tensor], keep: bool) -> None:
+        q, k, _ = self.operands
+        launch(
+            read_kernel, self.programs * count, q, k, grad, rows, *self.shared, self.states, self.x_rows, self.u_rows,
+            self.u_last, *results, self.num_tokens, self.num_tiles, first, self.programs, self.heads, self.eps,
+            ACT=self.activation, KEEP=keep, **self.constants,
+        )  # fmt: skip
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor, ends: Tensor,
     base: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: Tensor,
-    depth: int, hidden: int, has_momentum: bool, tile: int, activation: str, eps: float,
+    depth: int, hidden: int, has_momentum: bool, tile: int, activation: str, eps: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    numbers = (depth, hidden, has_momentum, tile, activation, eps)
-    batch, num_tokens, heads, _ = q.shape
-    num_tiles = triton.cdiv(num_tokens, tile)
-    group = group_of(num_tiles)
-    out, state = torch.empty_like(v), state.clone()
-    kept = state.new_empty(triton.cdiv(num_tiles, group), *state.shape)
-    launch(
-        advance_kernel, batch * heads, q, k, v, grad, rows, ends, *_or(state, base, weight, bias), state, out, kept,
-        state, num_tokens, num_tiles, 0, num_tiles, group, heads, eps,
-        READ=True, KEEP=True, **_constants(q, base, weight, numbers),
-    )  # fmt: skip
-    return out, state, kept
-
-
-def _or(spare: Tensor, *tensors: Tensor | None) -> list[Tensor]:
-    """Operands that a kernel does not touch when they are absent still need an address."""
-    return [spare if x is None else x for x in tensors]
+    walk = _Walk(q, k, v, base, weight, bias, state, (depth, hidden, has_momentum, tile, activation, eps))
+    out = torch.empty_like(v)
+    groups = walk.groups()
+    kept = state.new_empty(len(groups) if keep else 0, *state.shape)
+    walk.states[0] = state
+    for i, (first, count) in enumerate(groups):
+        if keep:
+            kept[i] = walk.states[0]
+        walk.advance(rows, ends, first, count)
+        walk.read(grad, rows, first, count, [out] * 5, keep=False)
+        walk.states[0] = walk.states[count]
+    return out, walk.states[0].clone(), kept
 
 
 def _backward(
@@ -107,56 +135,49 @@ def _backward(
     base: Tensor | None, weight: Tensor | None, bias: Tensor | None, kept: Tensor,
     depth: int, hidden: int, has_momentum: bool, tile: int, activation: str, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    numbers = (depth, hidden, has_momentum, tile, activation, eps)
-    constants = _constants(q, base, weight, numbers)
-    batch, num_tokens, heads, width = q.shape
-    programs, num_tiles, block = batch * heads, triton.cdiv(num_tokens, tile), padded(tile)
-    group = group_of(num_tiles)
-    rows_of = (group, batch, heads, block)
-    states = q.new_empty(group, *kept.shape[1:])
-    preactivation, cot_u_last, cot_k_rows = (kept.new_empty(*rows_of, width) for _ in range(3))
-    cot_x, cot_u = (kept.new_empty(*rows_of, hidden) for _ in range(2))
-    y_rows, r_rows = (q.new_empty(*rows_of, hidden) for _ in range(2))
-    cot_r = q.new_empty(*rows_of, width)
+    walk = _Walk(q, k, v, base, weight, bias, kept[0], (depth, hidden, has_momentum, tile, activation, eps))
+    width, hidden_rows, shape = q.shape[-1], hidden if depth > 1 else 0, walk.rows
+    read, cot_u_last, cot_k_rows = (kept.new_empty(*shape, width) for _ in range(3))
+    scores = kept.new_empty(*shape, shape[-1])
+    cot_x, cot_u = kept.new_empty(*shape, hidden), kept.new_empty(*shape, hidden_rows)
+    y_rows, r_rows = (q.new_empty(*shape, hidden_rows) for _ in range(2))
+    cot_r = q.new_empty(*shape, width)
     cot_q, cot_k, cot_v = (torch.empty_like(x) for x in (q, k, v))
     cot_grad, cot_rows, cot_ends = (torch.empty_like(x) for x in (grad, rows, ends))
-    cot_norm = kept.new_empty(batch, heads, num_tiles, 2, width)
+    cot_norm = kept.new_empty(walk.batch, walk.heads, walk.num_tiles, 2, width)
     cot_state = cot_state.contiguous().clone()
-    cot_base = kept.new_zeros(0, 0) if base is None else kept.new_zeros(batch, *base.shape)
+    cot_base = kept.new_zeros(0, 0) if base is None else kept.new_zeros(walk.batch, *base.shape)
     cot_out = cot_out.contiguous()
-    shared = _or(kept, base, weight, bias)
-    for first in reversed(range(0, num_tiles, group)):
-        count = min(group, num_tiles - first)
+    sizes = (walk.num_tokens, walk.num_tiles)
+    for i, (first, count) in reversed(list(enumerate(walk.groups()))):
+        walk.states[0] = kept[i]
+        walk.advance(rows, ends, first, count)
+        walk.read(grad, rows, first, count, [cot_q, y_rows, r_rows, read, scores], keep=True)
         launch(
-            advance_kernel, programs, q, k, v, grad, rows, ends, *shared, kept[first // group].clone(), cot_q, states,
-            preactivation, num_tokens, num_tiles, first, first + count, 1, heads, eps,
-            READ=False, KEEP=True, **constants,
+            read_backward_kernel, walk.programs * count, q, k, cot_out, grad, rows, *walk.shared, walk.states,
+            walk.x_rows, walk.u_rows, walk.u_last, y_rows, r_rows, read, scores, cot_q, cot_grad, cot_rows, cot_norm,
+            cot_x, cot_u, cot_r, cot_u_last, cot_k_rows, *sizes, first, walk.programs, walk.heads, eps,
+            **walk.constants,
         )  # fmt: skip
         launch(
-            reads_kernel, programs * count, q, k, v, cot_out, grad, rows, *shared, states, preactivation,
-            cot_q, cot_grad, cot_rows, cot_norm, y_rows, r_rows, cot_x, cot_u, cot_r, cot_u_last, cot_k_rows,
-            num_tokens, num_tiles, first, programs, heads, eps, **constants,
-        )  # fmt: skip
-        launch(
-            reverse_kernel, programs, q, k, v, rows, ends, *shared, states, preactivation, y_rows, r_rows, cot_x,
-            cot_u, cot_r, cot_u_last, cot_k_rows, cot_state, cot_base, cot_k, cot_v, cot_rows, cot_ends, cot_norm,
-            num_tokens, num_tiles, first, count, heads, eps, **constants,
+            reverse_kernel, walk.programs, q, k, v, rows, ends, *walk.shared, walk.states, walk.preactivation,
+            walk.x_rows, walk.u_rows, y_rows, r_rows, cot_x, cot_u, cot_r, cot_u_last, cot_k_rows, cot_state, cot_base,
+            cot_k, cot_v, cot_rows, cot_ends, cot_norm, *sizes, first, count, walk.heads, eps,
+            ACT=activation, **walk.constants,
         )  # fmt: skip
     cot_weight, cot_bias = (
         kept.new_zeros(0) if weight is None else cot_norm[:, :, :, i].sum((0, 2)) for i in range(2)
     )  # fmt: skip
-    return [
-        cot_q, cot_k, cot_v, cot_grad, cot_rows, cot_ends, cot_base.sum(0), cot_weight, cot_bias, cot_state,
-    ]  # fmt: skip
+    return [cot_q, cot_k, cot_v, cot_grad, cot_rows, cot_ends, cot_base.sum(0), cot_weight, cot_bias, cot_state]
 
 
 def _save(inputs: tuple, outputs: tuple) -> tuple[list[Tensor | None], list]:
-    return [*inputs[:9], outputs[2]], list(inputs[10:])
+    return [*inputs[:9], outputs[2]], list(inputs[10:16])
 
 
 def _spread(gradients: tuple[Tensor, ...], numbers: list) -> tuple[Tensor | None, ...]:
     absent = [x if x.numel() else None for x in gradients[6:9]]
-    return (*gradients[:6], *absent, gradients[9], *[None] * len(numbers))
+    return (*gradients[:6], *absent, gradients[9], *[None] * (len(numbers) + 1))
 
 
 _scan = differentiable_op("anchored_mlp_scan", _forward, _backward, _save, _spread)

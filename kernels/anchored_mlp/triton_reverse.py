@@ -1,6 +1,6 @@
 """The walk over tiles, backwards: gradients of the states, through the folds and through the inner gradient itself.
 
-One program per batch row and head, over the tiles of a group from the last to the first. `triton_reads.py` has been
+One program per batch row and head, over the tiles of a group from the last to the first. `triton_read.py` has been
 over them before; gradients of the states stay in float32 in global memory, like the masters of the forward walk.
 """
 
@@ -16,8 +16,6 @@ from .triton_tiles import (
     load,
     load_memory,
     load_norm,
-    load_state,
-    memory_of,
     product,
     row_coefficients,
     token_rows,
@@ -37,7 +35,7 @@ def outer_vjp(narrow, wide, g, write, PRECISION: tl.constexpr):
 
 @triton.jit
 def fold_vjp(
-    narrow, wide, d, s, cot_state, block, mask, rows,
+    narrow, wide, state, cot_state, block, mask, rows,
     MOMENTUM: tl.constexpr, BLOCK: tl.constexpr, FIRST: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,14 +43,17 @@ def fold_vjp(
 
     The block of a first matrix is `[wide, narrow]`, that of a last one its transpose.
     """
-    _, _, write, write_momentum = row_coefficients(rows, BLOCK)
+    write, write_momentum = row_coefficients(rows + 2 * BLOCK, BLOCK)
     g = load(cot_state, block, mask)
-    keep, pull, carry = tl.sum(g * d), tl.sum(g * s), 0.0
+    keep = tl.sum(g * load(state, block, mask))
+    pull, carry = 0.0, 0.0
+    if HAS_MOMENTUM:
+        pull = tl.sum(g * load(state + MOMENTUM, block, mask))
     cot_narrow, cot_wide, cot_write = outer_vjp(narrow, wide, g if FIRST else tl.trans(g), write, PRECISION)
     cot_write_momentum = tl.zeros_like(cot_write)
     if HAS_MOMENTUM:
         g = load(cot_state + MOMENTUM, block, mask)
-        carry = tl.sum(g * s)
+        carry = tl.sum(g * load(state + MOMENTUM, block, mask))
         part, part_wide, cot_write_momentum = outer_vjp(
             narrow, wide, g if FIRST else tl.trans(g), write_momentum, PRECISION
         )  # fmt: skip
@@ -68,7 +69,7 @@ def state_vjp(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of offset, momentum and base, moved from behind the tile to in front of it."""
-    beta, f, _, _ = row_coefficients(rows, BLOCK)
+    beta, f = row_coefficients(rows, BLOCK)
     rows_of_y = tl.trans(y)
     g = load(cot_state, block, mask)
     if HAS_MOMENTUM:
@@ -95,7 +96,7 @@ def store_fold(cot_rows, cot_ends, cot_write, cot_write_momentum, keep, pull, ca
 
 @triton.jit
 def folds_vjp(
-    k, at, valid, keys, u, state, base, cot_state, rows, last_rows, cot_x, cot_u, cot_rows, cot_last_rows,
+    k, at, valid, keys, u, x_rows, u_rows, state, base, cot_state, rows, last_rows, cot_x, cot_u, cot_rows, cot_last_rows,
     cot_ends, cot_last_ends,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
@@ -120,18 +121,13 @@ def folds_vjp(
     for j in range(0, HIDDEN, BLOCK_J):
         row, row_mask = hidden_rows(j, HIDDEN, BLOCK, BLOCK_J)
         block, mask = last_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
-        d, s, w = load_state(state + LAST, base + LAST, block, mask, MOMENTUM, HAS_BASE, HAS_MOMENTUM)
-        m = memory_of(d, w, HAS_BASE).to(dtype)
         if DEPTH == 1:
             x = column_block(k, at, valid, j, HIDDEN, BLOCK_J)
         else:
-            first, first_mask = first_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
-            d1, s1, w1 = load_state(state, base, first, first_mask, MOMENTUM, HAS_BASE, HAS_MOMENTUM)
-            z = product(keys, memory_of(d1, w1, HAS_BASE).to(dtype), PRECISION)
-            x, slope, curvature = activation(z, ACT)
-            x = x.to(dtype)
+            x = tl.load(x_rows + row, mask=row_mask, other=0.0)
         cot_narrow, cot_wide, a, b, part_keep, part_pull, part_carry = fold_vjp(
-            x, u, d, s, cot_state + LAST, block, mask, last_rows, MOMENTUM, BLOCK, False, HAS_MOMENTUM, PRECISION
+            x, u, state + LAST, cot_state + LAST, block, mask, last_rows,
+            MOMENTUM, BLOCK, False, HAS_MOMENTUM, PRECISION,
         )  # fmt: skip
         part_x = load(cot_x, row, row_mask) + cot_narrow
         total_u += cot_wide
@@ -141,13 +137,17 @@ def folds_vjp(
         pull_last += part_pull
         carry_last += part_carry
         if DEPTH > 1:
-            back = product(u, tl.trans(m), PRECISION)
+            first, first_mask = first_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
             cot_narrow, cot_wide, a, b, part_keep, part_pull, part_carry = fold_vjp(
-                (back * slope).to(dtype), keys, d1, s1, cot_state, first, first_mask, rows,
+                tl.load(u_rows + row, mask=row_mask, other=0.0), keys, state, cot_state, first, first_mask, rows,
                 MOMENTUM, BLOCK, True, HAS_MOMENTUM, PRECISION,
             )  # fmt: skip
             part_u = load(cot_u, row, row_mask) + cot_narrow
             total_k += cot_wide
+            m = load_memory(state, base, first, first_mask, HAS_BASE).to(dtype)
+            _, slope, curvature = activation(product(keys, m, PRECISION), ACT)
+            m = load_memory(state + LAST, base + LAST, block, mask, HAS_BASE).to(dtype)
+            back = product(u, tl.trans(m), PRECISION)
             total_u += product((part_u * slope).to(dtype), m, PRECISION)
             tl.store(cot_u + row, part_u * slope, mask=row_mask)
             part_x = part_u * back * curvature + part_x * slope
@@ -222,7 +222,7 @@ def add_norm_gradients(cot_norm, cot_weight, cot_bias, WIDTH: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "first", "count"])
 def reverse_kernel(
-    q, k, v, rows, ends, base, weight, bias, states, preactivation, y_rows, r_rows, cot_x, cot_u, cot_r, cot_u_last,
+    q, k, v, rows, ends, base, weight, bias, states, preactivation, x_rows, u_rows, y_rows, r_rows, cot_x, cot_u, cot_r, cot_u_last,
     cot_k_rows, cot_state, cot_base, cot_k, cot_v, cot_rows, cot_ends, cot_norm,
     num_tokens, num_tiles, first, count, H, eps,
     DEPTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -254,7 +254,7 @@ def reverse_kernel(
         z = tl.load(preactivation + row, mask=row_mask, other=0.0)
         u = descent(z, keys.to(tl.float32), values, gamma, shift, inside, eps, WIDTH, HAS_NORM).to(dtype)
         total_k, total_u = folds_vjp(
-            k, at, valid, keys, u, states + index * SIZE, base, cot_state, rows + series * 4 * BLOCK,
+            k, at, valid, keys, u, x_rows + hidden, u_rows + hidden, states + index * SIZE, base, cot_state, rows + series * 4 * BLOCK,
             rows + last * 4 * BLOCK, cot_x + hidden, cot_u + hidden, cot_rows + series * 4 * BLOCK,
             cot_rows + last * 4 * BLOCK, cot_ends + series * 4, cot_ends + last * 4,
             DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, ACT, HAS_BASE, HAS_MOMENTUM, PRECISION,

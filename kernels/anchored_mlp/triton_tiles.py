@@ -76,24 +76,6 @@ def load_norm(weight, bias, head, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, HA
 
 
 @triton.jit
-def load_state(state, base, block, mask, MOMENTUM: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr):
-    """Offset, momentum and base of a block, float32; those that do not exist repeat the offset."""
-    d = load(state, block, mask)
-    s = d
-    w = d
-    if HAS_MOMENTUM:
-        s = load(state + MOMENTUM, block, mask)
-    if HAS_BASE:
-        w = load(base, block, mask)
-    return d, s, w
-
-
-@triton.jit
-def memory_of(d, w, HAS_BASE: tl.constexpr):
-    return d + w if HAS_BASE else d
-
-
-@triton.jit
 def load_memory(state, base, block, mask, HAS_BASE: tl.constexpr):
     d = load(state, block, mask)
     return d + load(base, block, mask) if HAS_BASE else d
@@ -105,24 +87,7 @@ def product(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def read_running(y, d, s, w, beta, f, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr):
-    """`y base + β (y d) + f (y s)`."""
-    dtype = y.dtype
-    r = beta * product(y, d.to(dtype), PRECISION)
-    if HAS_MOMENTUM:
-        r += f * product(y, s.to(dtype), PRECISION)
-    if HAS_BASE:
-        r += product(y, w.to(dtype), PRECISION)
-    return r
-
-
-@triton.jit
 def row_coefficients(rows, BLOCK: tl.constexpr):
-    """β, f, and the weights with which each token is written into memory and momentum, `[BLOCK, 1]`."""
+    """Two neighbouring rows of coefficients, `[BLOCK, 1]` each: β and f, or the weights of a token's writes."""
     t = tl.arange(0, BLOCK)[:, None]
-    return (
-        tl.load(rows + t),
-        tl.load(rows + BLOCK + t),
-        tl.load(rows + 2 * BLOCK + t),
-        tl.load(rows + 3 * BLOCK + t),
-    )
+    return tl.load(rows + t), tl.load(rows + BLOCK + t)
