@@ -13,6 +13,7 @@ from ..coefficients_triton import TileCoefficients
 from ..launch import differentiable_op, dot_precision, launch
 from ..types import Norm
 from .triton_advance import advance_kernel
+from .triton_finish import base_kernel, keys_kernel
 from .triton_plan import Cut, Memory, group_of, padded
 from .triton_read import read_backward_kernel, read_kernel
 from .triton_reverse import reverse_kernel
@@ -67,7 +68,7 @@ def _pack(matrices: Sequence[Tensor]) -> Tensor:
 class _Walk:
     """One call: its sizes, its compile-time constants, and scratch for a group of tiles."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, base, weight, bias, state: Tensor, numbers: tuple) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, base, weight, bias, state: Tensor, numbers: tuple, keep: bool) -> None:
         depth, hidden, has_momentum, tile, activation, self.eps = numbers
         self.operands, (self.batch, self.num_tokens, self.heads, width) = (q, k, v), q.shape
         self.num_tiles, self.programs = triton.cdiv(self.num_tokens, tile), self.batch * self.heads
@@ -81,24 +82,26 @@ class _Walk:
             "BLOCK_J": 16, "num_warps": 4, "num_stages": 1,
         }  # fmt: skip
         self.activation = activation
+        self.sizes = (self.num_tokens, self.num_tiles, self.programs, self.heads)
         self.rows = (self.group, self.batch, self.heads, padded(tile))
         hidden = hidden if depth > 1 else 0
         self.states = state.new_empty(self.group + 1, *state.shape)
         self.preactivation = state.new_empty(*self.rows, width)
         self.u_last = q.new_empty(*self.rows, width)
-        self.x_rows, self.u_rows = (q.new_empty(*self.rows, hidden) for _ in range(2))
+        self.x_rows, self.u_rows, self.slope_rows = (q.new_empty(*self.rows, hidden) for _ in range(3))
+        self.bend_rows = q.new_empty(*self.rows, hidden if keep else 0)
 
     def groups(self) -> list[tuple[int, int]]:
         """First tile and number of tiles of each group."""
         starts = range(0, self.num_tiles, self.group)
         return [(first, min(self.group, self.num_tiles - first)) for first in starts]
 
-    def advance(self, rows: Tensor, ends: Tensor, first: int, count: int) -> None:
+    def advance(self, rows: Tensor, ends: Tensor, first: int, count: int, keep: bool) -> None:
         _, k, v = self.operands
         launch(
             advance_kernel, self.programs, k, v, rows, ends, *self.shared, self.states, self.x_rows, self.u_rows,
-            self.u_last, self.preactivation, self.num_tokens, self.num_tiles, first, count, self.heads, self.eps,
-            ACT=self.activation, **self.constants,
+            self.slope_rows, self.bend_rows, self.u_last, self.preactivation, self.num_tokens, self.num_tiles, first,
+            count, self.heads, self.eps, ACT=self.activation, KEEP=keep, **self.constants,
         )  # fmt: skip
 
     def read(self, grad: Tensor, rows: Tensor, first: int, count: int, results: list[Tensor], keep: bool) -> None:
@@ -115,7 +118,7 @@ def _forward(
     base: Tensor | None, weight: Tensor | None, bias: Tensor | None, state: Tensor,
     depth: int, hidden: int, has_momentum: bool, tile: int, activation: str, eps: float, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    walk = _Walk(q, k, v, base, weight, bias, state, (depth, hidden, has_momentum, tile, activation, eps))
+    walk = _Walk(q, k, v, base, weight, bias, state, (depth, hidden, has_momentum, tile, activation, eps), False)
     out = torch.empty_like(v)
     groups = walk.groups()
     kept = state.new_empty(len(groups) if keep else 0, *state.shape)
@@ -123,7 +126,7 @@ def _forward(
     for i, (first, count) in enumerate(groups):
         if keep:
             kept[i] = walk.states[0]
-        walk.advance(rows, ends, first, count)
+        walk.advance(rows, ends, first, count, keep=False)
         walk.read(grad, rows, first, count, [out] * 5, keep=False)
         walk.states[0] = walk.states[count]
     return out, walk.states[0].clone(), kept
@@ -135,36 +138,46 @@ def _backward(
     base: Tensor | None, weight: Tensor | None, bias: Tensor | None, kept: Tensor,
     depth: int, hidden: int, has_momentum: bool, tile: int, activation: str, eps: float,
 ) -> list[Tensor]:  # fmt: skip
-    walk = _Walk(q, k, v, base, weight, bias, kept[0], (depth, hidden, has_momentum, tile, activation, eps))
+    walk = _Walk(q, k, v, base, weight, bias, kept[0], (depth, hidden, has_momentum, tile, activation, eps), True)
     width, hidden_rows, shape = q.shape[-1], hidden if depth > 1 else 0, walk.rows
-    read, cot_u_last, cot_k_rows = (kept.new_empty(*shape, width) for _ in range(3))
+    read, cot_u_last, cot_k_read = (kept.new_empty(*shape, width) for _ in range(3))
+    cot_r, cot_z = (q.new_empty(*shape, width) for _ in range(2))
     scores = kept.new_empty(*shape, shape[-1])
-    cot_x, cot_u = kept.new_empty(*shape, hidden), kept.new_empty(*shape, hidden_rows)
-    y_rows, r_rows = (q.new_empty(*shape, hidden_rows) for _ in range(2))
-    cot_r = q.new_empty(*shape, width)
+    y_rows, r_rows, cot_u = (q.new_empty(*shape, hidden_rows) for _ in range(3))
+    cot_x = q.new_empty(*shape, hidden)
     cot_q, cot_k, cot_v = (torch.empty_like(x) for x in (q, k, v))
     cot_grad, cot_rows, cot_ends = (torch.empty_like(x) for x in (grad, rows, ends))
     cot_norm = kept.new_empty(walk.batch, walk.heads, walk.num_tiles, 2, width)
-    cot_state = cot_state.contiguous().clone()
+    cot_states = torch.empty_like(walk.states)
     cot_base = kept.new_zeros(0, 0) if base is None else kept.new_zeros(walk.batch, *base.shape)
     cot_out = cot_out.contiguous()
-    sizes = (walk.num_tokens, walk.num_tiles)
+    num_tokens, num_tiles, programs, heads, constants = *walk.sizes, walk.constants
     for i, (first, count) in reversed(list(enumerate(walk.groups()))):
         walk.states[0] = kept[i]
-        walk.advance(rows, ends, first, count)
+        cot_states[count] = cot_state
+        walk.advance(rows, ends, first, count, keep=True)
         walk.read(grad, rows, first, count, [cot_q, y_rows, r_rows, read, scores], keep=True)
         launch(
-            read_backward_kernel, walk.programs * count, q, k, cot_out, grad, rows, *walk.shared, walk.states,
-            walk.x_rows, walk.u_rows, walk.u_last, y_rows, r_rows, read, scores, cot_q, cot_grad, cot_rows, cot_norm,
-            cot_x, cot_u, cot_r, cot_u_last, cot_k_rows, *sizes, first, walk.programs, walk.heads, eps,
-            **walk.constants,
+            read_backward_kernel, programs * count, q, k, cot_out, grad, rows, *walk.shared, walk.states, walk.x_rows,
+            walk.u_rows, walk.u_last, y_rows, r_rows, read, scores, cot_q, cot_grad, cot_rows, cot_norm, cot_x, cot_u,
+            cot_r, cot_u_last, cot_k_read, num_tokens, num_tiles, first, programs, heads, eps, **constants,
         )  # fmt: skip
         launch(
-            reverse_kernel, walk.programs, q, k, v, rows, ends, *walk.shared, walk.states, walk.preactivation,
-            walk.x_rows, walk.u_rows, y_rows, r_rows, cot_x, cot_u, cot_r, cot_u_last, cot_k_rows, cot_state, cot_base,
-            cot_k, cot_v, cot_rows, cot_ends, cot_norm, *sizes, first, count, walk.heads, eps,
-            ACT=activation, **walk.constants,
+            reverse_kernel, programs, q, k, v, rows, ends, *walk.shared, walk.states, walk.preactivation, walk.u_last,
+            walk.x_rows, walk.u_rows, walk.slope_rows, walk.bend_rows, y_rows, r_rows, cot_x, cot_u, cot_r, cot_u_last,
+            cot_states, cot_z, cot_v, cot_rows, cot_norm, num_tokens, num_tiles, first, count, heads, eps, **constants,
         )  # fmt: skip
+        launch(
+            keys_kernel, programs * count, rows, walk.shared[0], walk.states, cot_states, walk.u_rows, cot_x,
+            cot_k_read, cot_v, cot_k, cot_ends, num_tokens, num_tiles, first, programs, heads, **constants,
+        )  # fmt: skip
+        if base is not None:
+            launch(
+                base_kernel, programs * triton.cdiv(hidden, constants["BLOCK_J"]), q, k, walk.x_rows, y_rows, r_rows,
+                cot_x, cot_u, walk.u_last, cot_r, cot_z, cot_base, num_tokens, first, count, programs, heads,
+                **{name: value for name, value in constants.items() if not name.startswith("HAS_")},
+            )  # fmt: skip
+        cot_state = cot_states[0].clone()
     cot_weight, cot_bias = (
         kept.new_zeros(0) if weight is None else cot_norm[:, :, :, i].sum((0, 2)) for i in range(2)
     )  # fmt: skip

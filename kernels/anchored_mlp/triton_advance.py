@@ -26,11 +26,11 @@ from .triton_tiles import (
 
 @triton.jit
 def last_preactivation(
-    k, at, valid, keys, state, base, x_rows, slope_rows,
+    k, at, valid, keys, state, base, x_rows, slope_rows, bend_rows,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_J: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """What the last matrix makes of the keys; at depth 2 their features, and the slopes there, are kept."""
+    """What the last matrix makes of the keys; at depth 2 their features, and the derivatives there, go to scratch."""
     LAST: tl.constexpr = (DEPTH - 1) * WIDTH * HIDDEN
     dtype = keys.dtype
     z = tl.zeros([BLOCK, BLOCK_D], tl.float32)
@@ -40,11 +40,13 @@ def last_preactivation(
         else:
             block, mask = first_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
             m = load_memory(state, base, block, mask, HAS_BASE).to(dtype)
-            x, slope, _ = activation(product(keys, m, PRECISION), ACT)
+            x, slope, curvature = activation(product(keys, m, PRECISION), ACT)
             x = x.to(dtype)
             row, row_mask = hidden_rows(j, HIDDEN, BLOCK, BLOCK_J)
             tl.store(x_rows + row, x, mask=row_mask)
             tl.store(slope_rows + row, slope.to(dtype), mask=row_mask)
+            if KEEP:
+                tl.store(bend_rows + row, curvature.to(dtype), mask=row_mask)
         block, mask = last_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
         z += product(x, load_memory(state + LAST, base + LAST, block, mask, HAS_BASE).to(dtype), PRECISION)
     return z
@@ -68,13 +70,16 @@ def fold_block(
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "first", "count"])
 def advance_kernel(
-    k, v, rows, ends, base, weight, bias, states, x_rows, u_rows, u_last, preactivation,
+    k, v, rows, ends, base, weight, bias, states, x_rows, u_rows, slope_rows, bend_rows, u_last, preactivation,
     num_tokens, num_tiles, first, count, H, eps,
     DEPTH: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr,
     HIDDEN: tl.constexpr, BLOCK_J: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Tiles first, ..., first + count - 1 of every row and head, from `states[0]`; scratch of tile i lies at i."""
+    """Tiles first, ..., first + count - 1 of every row and head, from `states[0]`; scratch of tile i lies at i.
+
+    With KEEP, for the backward, `preactivation` and `bend_rows` are written too.
+    """
     MATRIX: tl.constexpr = WIDTH * HIDDEN
     LAST: tl.constexpr = (DEPTH - 1) * MATRIX
     MOMENTUM: tl.constexpr = DEPTH * MATRIX
@@ -93,12 +98,13 @@ def advance_kernel(
         at, valid = token_rows(program, first + step, num_tokens, H, TILE, WIDTH, BLOCK)
         keys = tl.load(k + at + d_columns, mask=valid & inside, other=0.0)
         z = last_preactivation(
-            k, at, valid, keys, state, base, x_rows + hidden, u_rows + hidden,
-            DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, ACT, HAS_BASE, PRECISION,
+            k, at, valid, keys, state, base, x_rows + hidden, slope_rows + hidden, bend_rows + hidden,
+            DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, ACT, HAS_BASE, PRECISION, KEEP,
         )  # fmt: skip
         row, row_mask = width_rows(WIDTH, BLOCK, BLOCK_D)
         row += index * BLOCK * WIDTH
-        tl.store(preactivation + row, z, mask=row_mask)
+        if KEEP:
+            tl.store(preactivation + row, z, mask=row_mask)
         gamma, shift = load_norm(weight, bias, program % H, WIDTH, BLOCK_D, HAS_NORM)
         values = load(v + at, d_columns, valid & inside)
         u = descent(z, keys.to(tl.float32), values, gamma, shift, inside, eps, WIDTH, HAS_NORM).to(keys.dtype)
@@ -112,8 +118,11 @@ def advance_kernel(
                 hidden_row, hidden_mask = hidden_rows(j, HIDDEN, BLOCK, BLOCK_J)
                 hidden_row += hidden
                 m = load_memory(state + LAST, base + LAST, block, mask, HAS_BASE).to(u.dtype)
-                back = product(u, tl.trans(m), PRECISION) * load(u_rows, hidden_row, hidden_mask)
-                u_first = back.to(u.dtype)
+                back = product(u, tl.trans(m), PRECISION)
+                u_first = (back * load(slope_rows, hidden_row, hidden_mask)).to(u.dtype)
+                if KEEP:
+                    bend = back * load(bend_rows, hidden_row, hidden_mask)
+                    tl.store(bend_rows + hidden_row, bend.to(u.dtype), mask=hidden_mask)
                 tl.store(u_rows + hidden_row, u_first, mask=hidden_mask)
                 first_at, first_mask = first_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
                 fold_block(

@@ -173,24 +173,82 @@ def output_gradients(
 
 
 @triton.jit
-def first_read_vjp(
-    cot_y, queries, mixed, states, base, rows, u_rows, r_rows, cot_u, j, row, row_mask,
+def last_reads_vjp(
+    q, k, cot, at, valid, back_r, cot_scores, state, base, rows, x_rows, y_rows, r_rows, cot_q, cot_x, cot_rows,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr, HAS_BASE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Back through the last matrix: to the queries at depth 1, to the first pre-activations (`r_rows`) at depth 2."""
+    t = tl.arange(0, BLOCK)
+    cot_beta = tl.zeros([BLOCK], tl.float32)
+    cot_f = tl.zeros([BLOCK], tl.float32)
+    for j in range(0, HIDDEN, BLOCK_J):
+        row, row_mask = hidden_rows(j, HIDDEN, BLOCK, BLOCK_J)
+        if DEPTH == 1:
+            x = column_block(k, at, valid, j, HIDDEN, BLOCK_J)
+            y = column_block(q, at, valid, j, HIDDEN, BLOCK_J)
+        else:
+            x = tl.load(x_rows + row, mask=row_mask, other=0.0)
+            y = tl.load(y_rows + row, mask=row_mask, other=0.0)
+        block, mask = last_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
+        cot_y, part_beta, part_f = read_block_vjp(
+            y, back_r, state, base, block, mask, rows, DEPTH * WIDTH * HIDDEN, BLOCK, HAS_BASE, HAS_MOMENTUM, PRECISION
+        )  # fmt: skip
+        cot_beta += part_beta
+        cot_f += part_f
+        cot_y += product(cot_scores, x, PRECISION)
+        tl.store(cot_x + row, product(tl.trans(cot_scores), y, PRECISION).to(x.dtype), mask=row_mask)
+        if DEPTH == 1:
+            if HAS_NORM:
+                cot_y += column_block(cot, at, valid, j, HIDDEN, BLOCK_J).to(tl.float32)
+            h = j + tl.arange(0, BLOCK_J)[None, :]
+            tl.store(cot_q + at + h, cot_y.to(cot_q.dtype.element_ty), mask=valid & (h < HIDDEN))
+        else:
+            cot_y = cot_y * load(r_rows, row, row_mask)
+            tl.store(r_rows + row, cot_y.to(x.dtype), mask=row_mask)
+    tl.store(cot_rows + t, cot_beta)
+    tl.store(cot_rows + BLOCK + t, cot_f)
+
+
+@triton.jit
+def first_reads_vjp(
+    q, k, at, inside, grad, state, base, rows, u_rows, r_rows, cot_u, cot_k, row_of_k, mask_of_k, cot_rows, cot_grad,
+    num_tiles,
     WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One hidden block of the first of two layers: parts of the gradients of queries, scores, β and f.
-
-    `r_rows` holds the slopes before, gradients of pre-activations after.
-    """
-    cot_r = (cot_y * load(r_rows, row, row_mask)).to(queries.dtype)
-    tl.store(r_rows + row, cot_r, mask=row_mask)
-    tl.store(cot_u + row, product(tl.trans(mixed), cot_r, PRECISION), mask=row_mask)
-    block, mask = first_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
-    back, cot_beta, cot_f = read_block_vjp(
-        queries, cot_r, states, base, block, mask, rows, 2 * WIDTH * HIDDEN, BLOCK, HAS_BASE, HAS_MOMENTUM, PRECISION
-    )  # fmt: skip
-    cot_mixed = product(cot_r, tl.trans(tl.load(u_rows + row, mask=row_mask, other=0.0)), PRECISION)
-    return back, cot_mixed, cot_beta, cot_f
+    """Back through the first of two matrices and its scores; returns the part of the queries."""
+    t, d_columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)[None, :]
+    queries = tl.load(q + at + d_columns, mask=inside, other=0.0)
+    mixed = tl.trans(first_scores(queries, k, grad, at, inside, BLOCK, BLOCK_D, PRECISION))
+    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+    cot_scores = tl.zeros([BLOCK, BLOCK], tl.float32)
+    cot_beta = tl.zeros([BLOCK], tl.float32)
+    cot_f = tl.zeros([BLOCK], tl.float32)
+    for j in range(0, HIDDEN, BLOCK_J):
+        row, row_mask = hidden_rows(j, HIDDEN, BLOCK, BLOCK_J)
+        cot_r = tl.load(r_rows + row, mask=row_mask, other=0.0)
+        tl.store(cot_u + row, product(mixed, cot_r, PRECISION).to(cot_r.dtype), mask=row_mask)
+        block, mask = first_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
+        part, part_beta, part_f = read_block_vjp(
+            queries, cot_r, state, base, block, mask, rows,
+            2 * WIDTH * HIDDEN, BLOCK, HAS_BASE, HAS_MOMENTUM, PRECISION,
+        )  # fmt: skip
+        total += part
+        cot_beta += part_beta
+        cot_f += part_f
+        if num_tiles > 0:  # as in `read_kernel`
+            u = tl.load(u_rows + row, mask=row_mask, other=0.0)
+            cot_scores += product(cot_r, tl.trans(u), PRECISION)
+    tl.store(cot_rows + t, cot_beta)
+    tl.store(cot_rows + BLOCK + t, cot_f)
+    keys = tl.load(k + at + d_columns, mask=inside, other=0.0)
+    part = lower(cot_scores * product(queries, tl.trans(keys), PRECISION), BLOCK)
+    tl.store(cot_grad + square(BLOCK), part)
+    cot_scores = (cot_scores * tl.load(grad + square(BLOCK))).to(keys.dtype)
+    tl.store(cot_k + row_of_k, product(tl.trans(cot_scores), queries, PRECISION), mask=mask_of_k)
+    return total + product(cot_scores, keys, PRECISION)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "first", "programs"])
@@ -205,14 +263,14 @@ def read_backward_kernel(
     """Gradients of the queries and of β, f and G; for the reverse walk those of x, u, r and the read's part of k."""
     MATRIX: tl.constexpr = WIDTH * HIDDEN
     LAST: tl.constexpr = (DEPTH - 1) * MATRIX
-    MOMENTUM: tl.constexpr = DEPTH * MATRIX
     index = tl.program_id(0).to(tl.int64)
     program, tile = index % programs, first + index // programs
-    states += index * ((2 if HAS_MOMENTUM else 1) * MOMENTUM)
+    states += index * ((2 if HAS_MOMENTUM else 1) * DEPTH * MATRIX)
     base += program % H * DEPTH * MATRIX
     series = program * DEPTH * num_tiles + tile
     last = series + (DEPTH - 1) * num_tiles
-    t, d_columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)[None, :]
+    hidden = index * BLOCK * HIDDEN
+    d_columns = tl.arange(0, BLOCK_D)[None, :]
     at, valid = token_rows(program, tile, num_tokens, H, TILE, WIDTH, BLOCK)
     inside = valid & (d_columns < WIDTH)
     width_row, width_mask = width_rows(WIDTH, BLOCK, BLOCK_D)
@@ -222,60 +280,19 @@ def read_backward_kernel(
         grad + last * BLOCK * BLOCK, u_last, eps, cot_norm + (program * num_tiles + tile) * 2 * WIDTH, cot_r,
         cot_u_last, cot_grad + last * BLOCK * BLOCK, WIDTH, BLOCK, BLOCK_D, HAS_NORM, PRECISION,
     )  # fmt: skip
-    queries = tl.load(q + at + d_columns, mask=inside, other=0.0)
-    mixed = queries
+    last_reads_vjp(
+        q, k, cot, at, valid, back_r, cot_scores, states + LAST, base + LAST, rows + last * 4 * BLOCK,
+        x_rows + hidden, y_rows + hidden, r_rows + hidden, cot_q, cot_x + hidden, cot_rows + last * 4 * BLOCK,
+        DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, HAS_BASE, HAS_NORM, HAS_MOMENTUM, PRECISION,
+    )  # fmt: skip
     if DEPTH > 1:
-        mixed = first_scores(queries, k, grad + series * BLOCK * BLOCK, at, inside, BLOCK, BLOCK_D, PRECISION)
-    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    cot_mixed = tl.zeros([BLOCK, BLOCK], tl.float32)
-    cot_beta = tl.zeros([BLOCK], tl.float32)
-    cot_f = tl.zeros([BLOCK], tl.float32)
-    cot_beta_last = tl.zeros([BLOCK], tl.float32)
-    cot_f_last = tl.zeros([BLOCK], tl.float32)
-    for j in range(0, HIDDEN, BLOCK_J):
-        row, row_mask = hidden_rows(j, HIDDEN, BLOCK, BLOCK_J)
-        row += index * BLOCK * HIDDEN
-        if DEPTH == 1:
-            x = column_block(k, at, valid, j, HIDDEN, BLOCK_J)
-            y = column_block(q, at, valid, j, HIDDEN, BLOCK_J)
-        else:
-            x = tl.load(x_rows + row, mask=row_mask, other=0.0)
-            y = tl.load(y_rows + row, mask=row_mask, other=0.0)
-        block, mask = last_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
-        cot_y, part_beta, part_f = read_block_vjp(
-            y, back_r, states + LAST, base + LAST, block, mask, rows + last * 4 * BLOCK,
-            MOMENTUM, BLOCK, HAS_BASE, HAS_MOMENTUM, PRECISION,
+        tl.debug_barrier()
+        total = first_reads_vjp(
+            q, k, at, inside, grad + series * BLOCK * BLOCK, states, base, rows + series * 4 * BLOCK, u_rows + hidden,
+            r_rows + hidden, cot_u + hidden, cot_k, width_row, width_mask, cot_rows + series * 4 * BLOCK,
+            cot_grad + series * BLOCK * BLOCK, num_tiles,
+            WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, HAS_BASE, HAS_MOMENTUM, PRECISION,
         )  # fmt: skip
-        cot_beta_last += part_beta
-        cot_f_last += part_f
-        cot_y += product(cot_scores, x, PRECISION)
-        tl.store(cot_x + row, product(tl.trans(cot_scores), y, PRECISION), mask=row_mask)
-        if DEPTH == 1:
-            if HAS_NORM:
-                cot_y += column_block(cot, at, valid, j, HIDDEN, BLOCK_J).to(tl.float32)
-            h = j + tl.arange(0, BLOCK_J)[None, :]
-            tl.store(cot_q + at + h, cot_y.to(cot_q.dtype.element_ty), mask=valid & (h < HIDDEN))
-        else:
-            back, part, part_beta, part_f = first_read_vjp(
-                cot_y, queries, mixed, states, base, rows + series * 4 * BLOCK, u_rows, r_rows, cot_u, j, row, row_mask,
-                WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, HAS_BASE, HAS_MOMENTUM, PRECISION,
-            )  # fmt: skip
-            total += back
-            cot_mixed += part
-            cot_beta += part_beta
-            cot_f += part_f
-    tl.store(cot_rows + last * 4 * BLOCK + t, cot_beta_last)
-    tl.store(cot_rows + last * 4 * BLOCK + BLOCK + t, cot_f_last)
-    if DEPTH > 1:
-        tl.store(cot_rows + series * 4 * BLOCK + t, cot_beta)
-        tl.store(cot_rows + series * 4 * BLOCK + BLOCK + t, cot_f)
-        keys = tl.load(k + at + d_columns, mask=inside, other=0.0)
-        g = tl.load(grad + series * BLOCK * BLOCK + square(BLOCK))
-        part = lower(cot_mixed * product(queries, tl.trans(keys), PRECISION), BLOCK)
-        tl.store(cot_grad + series * BLOCK * BLOCK + square(BLOCK), part)
-        cot_mixed = (cot_mixed * g).to(keys.dtype)
-        total += product(cot_mixed, keys, PRECISION)
         if HAS_NORM:
             total += load(cot + at, d_columns, inside)
         tl.store(cot_q + at + d_columns, total.to(cot_q.dtype.element_ty), mask=inside)
-        tl.store(cot_k + width_row, product(tl.trans(cot_mixed), queries, PRECISION), mask=width_mask)
