@@ -231,6 +231,7 @@ def first_reads_vjp(
         cot_r = tl.load(r_rows + row, mask=row_mask, other=0.0)
         tl.store(cot_u + row, product(mixed, cot_r, PRECISION).to(cot_r.dtype), mask=row_mask)
         block, mask = first_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
+        queries = tl.load(q + at + d_columns, mask=inside, other=0.0)
         part, part_beta, part_f = read_block_vjp(
             queries, cot_r, state, base, block, mask, rows,
             2 * WIDTH * HIDDEN, BLOCK, HAS_BASE, HAS_MOMENTUM, PRECISION,
@@ -243,6 +244,7 @@ def first_reads_vjp(
             cot_scores += product(cot_r, tl.trans(u), PRECISION)
     tl.store(cot_rows + t, cot_beta)
     tl.store(cot_rows + BLOCK + t, cot_f)
+    queries = tl.load(q + at + d_columns, mask=inside, other=0.0)
     keys = tl.load(k + at + d_columns, mask=inside, other=0.0)
     part = lower(cot_scores * product(queries, tl.trans(keys), PRECISION), BLOCK)
     tl.store(cot_grad + square(BLOCK), part)

@@ -69,19 +69,23 @@ def fold_last_vjp(
 
 @triton.jit
 def folds_vjp(
-    k, at, valid, keys, u, state, base, cot_state, rows, last_rows, x_rows, u_rows, slope_rows, bend_rows, cot_x, cot_u,
-    cot_rows, cot_last_rows,
+    k, at, valid, u_last, state, base, cot_state, rows, last_rows, x_rows, u_rows, slope_rows, bend_rows, cot_x, cot_u,
+    cot_u_last, cot_rows, cot_last_rows,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """First sweep: back through the folds, and through the first layer's directions. Returns the part of u.
+    """First sweep: back through the folds, and through the first layer's directions. Adds to `cot_u_last`.
 
     Depth 1 adds to `cot_x`. Depth 2 leaves there what the first pre-activation gets without the last one, and in
     `cot_u` the gradient of `u m_lastᵀ`.
     """
     LAST: tl.constexpr = (DEPTH - 1) * WIDTH * HIDDEN
     MOMENTUM: tl.constexpr = DEPTH * WIDTH * HIDDEN
-    dtype, t = keys.dtype, tl.arange(0, BLOCK)
+    t, d_columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)[None, :]
+    keys = tl.load(k + at + d_columns, mask=valid & (d_columns < WIDTH), other=0.0)
+    width_row, width_mask = width_rows(WIDTH, BLOCK, BLOCK_D)
+    u = tl.load(u_last + width_row, mask=width_mask, other=0.0)
+    dtype = u.dtype
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     write = tl.zeros([BLOCK], tl.float32)
     write_momentum = tl.zeros([BLOCK], tl.float32)
@@ -117,12 +121,13 @@ def folds_vjp(
             m = load_memory(state + LAST, base + LAST, block, mask, HAS_BASE).to(dtype)
             total += product(part_u, m, PRECISION)
         tl.store(cot_x + row, part_x.to(dtype), mask=row_mask)
+    total += tl.load(cot_u_last + width_row, mask=width_mask, other=0.0)
+    tl.store(cot_u_last + width_row, total, mask=width_mask)
     tl.store(cot_last_rows + 2 * BLOCK + t, write_last)
     tl.store(cot_last_rows + 3 * BLOCK + t, write_momentum_last)
     if DEPTH > 1:
         tl.store(cot_rows + 2 * BLOCK + t, write)
         tl.store(cot_rows + 3 * BLOCK + t, write_momentum)
-    return total
 
 
 @triton.jit
@@ -144,8 +149,8 @@ def state_vjp(
 
 @triton.jit
 def memory_vjp(
-    q, k, at, valid, keys, u, cot_z, cot_r, state, base, cot_state, cot_before, rows, ends, last_rows, last_ends,
-    x_rows, y_rows, r_rows, slope_rows, cot_x, cot_u,
+    q, k, at, valid, u_last, cot_z_rows, cot_r_rows, state, base, cot_state, cot_before, rows, ends, last_rows,
+    last_ends, x_rows, y_rows, r_rows, slope_rows, cot_x, cot_u,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +160,11 @@ def memory_vjp(
     """
     LAST: tl.constexpr = (DEPTH - 1) * WIDTH * HIDDEN
     MOMENTUM: tl.constexpr = DEPTH * WIDTH * HIDDEN
-    dtype = keys.dtype
+    d_columns = tl.arange(0, BLOCK_D)[None, :]
+    inside = valid & (d_columns < WIDTH)
+    width_row, width_mask = width_rows(WIDTH, BLOCK, BLOCK_D)
+    cot_z = tl.load(cot_z_rows + width_row, mask=width_mask, other=0.0)
+    dtype = cot_z.dtype
     for j in range(0, HIDDEN, BLOCK_J):
         row, row_mask = hidden_rows(j, HIDDEN, BLOCK, BLOCK_J)
         block, mask = last_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
@@ -168,17 +177,19 @@ def memory_vjp(
         else:
             part = (load(cot_x, row, row_mask) + part * load(slope_rows, row, row_mask)).to(dtype)
             tl.store(cot_x + row, part, mask=row_mask)
-            d = tl.arange(0, BLOCK_D)[None, :]
-            queries = tl.load(q + at + d, mask=valid & (d < WIDTH), other=0.0)
+            keys = tl.load(k + at + d_columns, mask=inside, other=0.0)
+            queries = tl.load(q + at + d_columns, mask=inside, other=0.0)
             first, first_mask = first_block(j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
             state_vjp(
                 queries, tl.load(r_rows + row, mask=row_mask, other=0.0), product(tl.trans(keys), part, PRECISION),
                 cot_state, cot_before, first, first_mask, rows, ends, MOMENTUM, BLOCK, HAS_MOMENTUM, PRECISION,
             )  # fmt: skip
             x = tl.load(x_rows + row, mask=row_mask, other=0.0)
+            u = tl.load(u_last + width_row, mask=width_mask, other=0.0)
             cot_memory = product(tl.trans(x), cot_z, PRECISION)
             cot_memory += product(tl.trans(tl.load(cot_u + row, mask=row_mask, other=0.0)), u, PRECISION)
             y = tl.load(y_rows + row, mask=row_mask, other=0.0)
+        cot_r = tl.load(cot_r_rows + width_row, mask=width_mask, other=0.0)
         state_vjp(
             y, cot_r, cot_memory, cot_state + LAST, cot_before + LAST, block, mask, last_rows, last_ends,
             MOMENTUM, BLOCK, HAS_MOMENTUM, PRECISION,
@@ -186,14 +197,26 @@ def memory_vjp(
 
 
 @triton.jit
-def add_norm_gradients(cot_norm, cot_weight, cot_bias, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """On top of what the read has left there."""
+def loss_vjp(
+    k, v, weight, bias, at, inside, head, preactivation, cot_u_last, cot_z, cot_v, cot_norm, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Between the sweeps: back through the descent direction. Gradients of the norm go on top of the read's."""
     d = tl.arange(0, BLOCK_D)
-    bias = cot_norm + WIDTH + d
-    cot_weight += tl.load(cot_norm + d, mask=d < WIDTH, other=0.0)
-    cot_bias += tl.load(bias, mask=d < WIDTH, other=0.0)
-    tl.store(cot_norm + d, cot_weight, mask=d < WIDTH)
-    tl.store(bias, cot_bias, mask=d < WIDTH)
+    row, row_mask = width_rows(WIDTH, BLOCK, BLOCK_D)
+    gamma, shift = load_norm(weight, bias, head, WIDTH, BLOCK_D, HAS_NORM)
+    back, cot_values, cot_gamma, cot_shift = descent_vjp(
+        tl.load(preactivation + row, mask=row_mask, other=0.0), load(k + at, d[None, :], inside),
+        load(v + at, d[None, :], inside), tl.load(cot_u_last + row, mask=row_mask, other=0.0),
+        gamma, shift, (d < WIDTH)[None, :], eps, WIDTH, HAS_NORM,
+    )  # fmt: skip
+    tl.store(cot_z + row, back.to(cot_z.dtype.element_ty), mask=row_mask)
+    tl.store(cot_v + at + d[None, :], cot_values.to(cot_v.dtype.element_ty), mask=inside)
+    if HAS_NORM:
+        cot_gamma += tl.load(cot_norm + d, mask=d < WIDTH, other=0.0)
+        cot_shift += tl.load(cot_norm + WIDTH + d, mask=d < WIDTH, other=0.0)
+        tl.store(cot_norm + d, cot_gamma, mask=d < WIDTH)
+        tl.store(cot_norm + WIDTH + d, cot_shift, mask=d < WIDTH)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "first", "count"])
@@ -209,7 +232,6 @@ def reverse_kernel(
     SIZE: tl.constexpr = (2 if HAS_MOMENTUM else 1) * DEPTH * WIDTH * HIDDEN
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     base += program % H * DEPTH * WIDTH * HIDDEN
-    d_columns = tl.arange(0, BLOCK_D)[None, :]
     for step in range(0, count):
         tile = first + count - 1 - step
         index = (count - 1 - step) * programs + program
@@ -219,35 +241,25 @@ def reverse_kernel(
         series = program * DEPTH * num_tiles + tile
         last = series + (DEPTH - 1) * num_tiles
         hidden = index * BLOCK * HIDDEN
-        row, row_mask = width_rows(WIDTH, BLOCK, BLOCK_D)
-        row += index * BLOCK * WIDTH
+        width = index * BLOCK * WIDTH
         at, valid = token_rows(program, tile, num_tokens, H, TILE, WIDTH, BLOCK)
-        inside = valid & (d_columns < WIDTH)
-        keys = tl.load(k + at + d_columns, mask=inside, other=0.0)
-        u = tl.load(u_last + row, mask=row_mask, other=0.0)
-        total = folds_vjp(
-            k, at, valid, keys, u, state, base, cot_state, rows + series * 4 * BLOCK, rows + last * 4 * BLOCK,
+        folds_vjp(
+            k, at, valid, u_last + width, state, base, cot_state, rows + series * 4 * BLOCK, rows + last * 4 * BLOCK,
             x_rows + hidden, u_rows + hidden, slope_rows + hidden, bend_rows + hidden, cot_x + hidden, cot_u + hidden,
-            cot_rows + series * 4 * BLOCK, cot_rows + last * 4 * BLOCK,
+            cot_u_last + width, cot_rows + series * 4 * BLOCK, cot_rows + last * 4 * BLOCK,
             DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, HAS_BASE, HAS_MOMENTUM, PRECISION,
         )  # fmt: skip
-        total += tl.load(cot_u_last + row, mask=row_mask, other=0.0)
-        gamma, shift = load_norm(weight, bias, program % H, WIDTH, BLOCK_D, HAS_NORM)
-        back, cot_values, cot_gamma, cot_shift = descent_vjp(
-            tl.load(preactivation + row, mask=row_mask, other=0.0), keys.to(tl.float32),
-            load(v + at, d_columns, inside), total, gamma, shift, d_columns < WIDTH, eps, WIDTH, HAS_NORM,
+        # Through memory, so that what follows is free to spread over the warps in its own way.
+        tl.debug_barrier()
+        loss_vjp(
+            k, v, weight, bias, at, valid & (tl.arange(0, BLOCK_D)[None, :] < WIDTH), program % H,
+            preactivation + width, cot_u_last + width, cot_z + width, cot_v,
+            cot_norm + (program * num_tiles + tile) * 2 * WIDTH, eps, WIDTH, BLOCK, BLOCK_D, HAS_NORM,
         )  # fmt: skip
-        back = back.to(keys.dtype)
-        tl.store(cot_z + row, back, mask=row_mask)
-        tl.store(cot_v + at + d_columns, cot_values.to(cot_v.dtype.element_ty), mask=inside)
-        if HAS_NORM:
-            add_norm_gradients(
-                cot_norm + (program * num_tiles + tile) * 2 * WIDTH, cot_gamma, cot_shift, WIDTH, BLOCK_D
-            )  # fmt: skip
         tl.debug_barrier()
         memory_vjp(
-            q, k, at, valid, keys, u, back, tl.load(cot_r + row, mask=row_mask, other=0.0), state, base, cot_state,
-            cot_before, rows + series * 4 * BLOCK, ends + series * 4, rows + last * 4 * BLOCK, ends + last * 4,
+            q, k, at, valid, u_last + width, cot_z + width, cot_r + width, state, base, cot_state, cot_before,
+            rows + series * 4 * BLOCK, ends + series * 4, rows + last * 4 * BLOCK, ends + last * 4,
             x_rows + hidden, y_rows + hidden, r_rows + hidden, slope_rows + hidden, cot_x + hidden, cot_u + hidden,
             DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, HAS_BASE, HAS_MOMENTUM, PRECISION,
         )  # fmt: skip
