@@ -15,7 +15,8 @@ from ..types import Norm
 from .triton_advance import advance_kernel
 from .triton_finish import base_kernel, keys_kernel
 from .triton_plan import Cut, Memory, group_of, padded
-from .triton_read import read_backward_kernel, read_kernel
+from .triton_read import read_kernel
+from .triton_read_backward import read_backward_kernel
 from .triton_reverse import reverse_kernel
 
 
@@ -83,13 +84,15 @@ class _Walk:
         }  # fmt: skip
         self.activation = activation
         self.sizes = (self.num_tokens, self.num_tiles, self.programs, self.heads)
-        self.rows = (self.group, self.batch, self.heads, padded(tile))
-        hidden = hidden if depth > 1 else 0
+        rows = (self.group, self.batch, self.heads)
+        block = padded(tile)
         self.states = state.new_empty(self.group + 1, *state.shape)
-        self.preactivation = state.new_empty(*self.rows, width)
-        self.u_last = q.new_empty(*self.rows, width)
-        self.x_rows, self.u_rows, self.slope_rows = (q.new_empty(*self.rows, hidden) for _ in range(3))
-        self.bend_rows = q.new_empty(*self.rows, hidden if keep else 0)
+        # What each plane holds is listed in `triton_tiles.py`.
+        planes = (8 if keep else 3) if depth > 1 else int(keep)
+        self.wide = q.new_empty(*rows, planes, block, hidden)
+        self.narrow = q.new_empty(*rows, 3 if keep else 1, block, width)
+        self.sums = state.new_empty(*rows, 4 if keep else 0, block, width)
+        self.scores = state.new_empty(*rows, block, block if keep else 0)
 
     def groups(self) -> list[tuple[int, int]]:
         """First tile and number of tiles of each group."""
@@ -99,16 +102,16 @@ class _Walk:
     def advance(self, rows: Tensor, ends: Tensor, first: int, count: int, keep: bool) -> None:
         _, k, v = self.operands
         launch(
-            advance_kernel, self.programs, k, v, rows, ends, *self.shared, self.states, self.x_rows, self.u_rows,
-            self.slope_rows, self.bend_rows, self.u_last, self.preactivation, self.num_tokens, self.num_tiles, first,
-            count, self.heads, self.eps, ACT=self.activation, KEEP=keep, **self.constants,
+            advance_kernel, self.programs, k, v, rows, ends, *self.shared, self.states, self.wide, self.narrow,
+            self.sums, self.num_tokens, self.num_tiles, first, count, self.heads, self.eps,
+            ACT=self.activation, KEEP=keep, **self.constants,
         )  # fmt: skip
 
-    def read(self, grad: Tensor, rows: Tensor, first: int, count: int, results: list[Tensor], keep: bool) -> None:
+    def read(self, grad: Tensor, rows: Tensor, first: int, count: int, out: Tensor, keep: bool) -> None:
         q, k, _ = self.operands
         launch(
-            read_kernel, self.programs * count, q, k, grad, rows, *self.shared, self.states, self.x_rows, self.u_rows,
-            self.u_last, *results, self.num_tokens, self.num_tiles, first, self.programs, self.heads, self.eps,
+            read_kernel, self.programs * count, q, k, grad, rows, *self.shared, self.states, self.wide, self.narrow,
+            self.sums, self.scores, out, self.num_tokens, self.num_tiles, first, self.programs, self.heads, self.eps,
             ACT=self.activation, KEEP=keep, **self.constants,
         )  # fmt: skip
 
@@ -127,7 +130,7 @@ def _forward(
         if keep:
             kept[i] = walk.states[0]
         walk.advance(rows, ends, first, count, keep=False)
-        walk.read(grad, rows, first, count, [out] * 5, keep=False)
+        walk.read(grad, rows, first, count, out, keep=False)
         walk.states[0] = walk.states[count]
     return out, walk.states[0].clone(), kept
 
@@ -139,15 +142,9 @@ def _backward(
     depth: int, hidden: int, has_momentum: bool, tile: int, activation: str, eps: float,
 ) -> list[Tensor]:  # fmt: skip
     walk = _Walk(q, k, v, base, weight, bias, kept[0], (depth, hidden, has_momentum, tile, activation, eps), True)
-    width, hidden_rows, shape = q.shape[-1], hidden if depth > 1 else 0, walk.rows
-    read, cot_u_last, cot_k_read = (kept.new_empty(*shape, width) for _ in range(3))
-    cot_r, cot_z = (q.new_empty(*shape, width) for _ in range(2))
-    scores = kept.new_empty(*shape, shape[-1])
-    y_rows, r_rows, cot_u = (q.new_empty(*shape, hidden_rows) for _ in range(3))
-    cot_x = q.new_empty(*shape, hidden)
     cot_q, cot_k, cot_v = (torch.empty_like(x) for x in (q, k, v))
     cot_grad, cot_rows, cot_ends = (torch.empty_like(x) for x in (grad, rows, ends))
-    cot_norm = kept.new_empty(walk.batch, walk.heads, walk.num_tiles, 2, width)
+    cot_norm = kept.new_empty(walk.batch, walk.heads, walk.num_tiles, 2, q.shape[-1])
     cot_states = torch.empty_like(walk.states)
     cot_base = kept.new_zeros(0, 0) if base is None else kept.new_zeros(walk.batch, *base.shape)
     cot_out = cot_out.contiguous()
@@ -156,25 +153,25 @@ def _backward(
         walk.states[0] = kept[i]
         cot_states[count] = cot_state
         walk.advance(rows, ends, first, count, keep=True)
-        walk.read(grad, rows, first, count, [cot_q, y_rows, r_rows, read, scores], keep=True)
+        walk.read(grad, rows, first, count, cot_out, keep=True)
+        scratch = (walk.wide, walk.narrow, walk.sums)
         launch(
-            read_backward_kernel, programs * count, q, k, cot_out, grad, rows, *walk.shared, walk.states, walk.x_rows,
-            walk.u_rows, walk.u_last, y_rows, r_rows, read, scores, cot_q, cot_grad, cot_rows, cot_norm, cot_x, cot_u,
-            cot_r, cot_u_last, cot_k_read, num_tokens, num_tiles, first, programs, heads, eps, **constants,
+            read_backward_kernel, programs * count, q, k, cot_out, grad, rows, *walk.shared, walk.states, *scratch,
+            walk.scores, cot_q, cot_grad, cot_rows, cot_norm, num_tokens, num_tiles, first, programs, heads, eps,
+            **constants,
         )  # fmt: skip
         launch(
-            reverse_kernel, programs, q, k, v, rows, ends, *walk.shared, walk.states, walk.preactivation, walk.u_last,
-            walk.x_rows, walk.u_rows, walk.slope_rows, walk.bend_rows, y_rows, r_rows, cot_x, cot_u, cot_r, cot_u_last,
-            cot_states, cot_z, cot_v, cot_rows, cot_norm, num_tokens, num_tiles, first, count, heads, eps, **constants,
+            reverse_kernel, programs, q, k, v, rows, ends, *walk.shared, walk.states, cot_states, *scratch, cot_v,
+            cot_rows, cot_norm, num_tokens, num_tiles, first, count, heads, eps, **constants,
         )  # fmt: skip
         launch(
-            keys_kernel, programs * count, rows, walk.shared[0], walk.states, cot_states, walk.u_rows, cot_x,
-            cot_k_read, cot_v, cot_k, cot_ends, num_tokens, num_tiles, first, programs, heads, **constants,
+            keys_kernel, programs * count, rows, walk.shared[0], walk.states, cot_states, walk.wide, walk.sums, cot_v,
+            cot_k, cot_ends, num_tokens, num_tiles, first, programs, heads, **constants,
         )  # fmt: skip
         if base is not None:
             launch(
-                base_kernel, programs * triton.cdiv(hidden, constants["BLOCK_J"]), q, k, walk.x_rows, y_rows, r_rows,
-                cot_x, cot_u, walk.u_last, cot_r, cot_z, cot_base, num_tokens, first, count, programs, heads,
+                base_kernel, programs * triton.cdiv(hidden, constants["BLOCK_J"]), q, k, walk.wide, walk.narrow,
+                cot_base, num_tokens, first, count, programs, heads,
                 **{name: value for name, value in constants.items() if not name.startswith("HAS_")},
             )  # fmt: skip
         cot_state = cot_states[0].clone()

@@ -10,6 +10,54 @@ import triton
 import triton.language as tl
 
 
+# Scratch of one tile is a row of planes, so that their distances are constants and one address serves all of them.
+# Planes `[BLOCK, HIDDEN]` in the dtype of q, at depth 2 (a forward has the first three):
+X = tl.constexpr(0)  # features of the keys
+U = tl.constexpr(1)  # directions of the first layer
+SLOPE = tl.constexpr(2)  # slopes at the keys' first pre-activations
+BEND = tl.constexpr(3)  # curvatures there, times what comes back through the last matrix
+Y = tl.constexpr(4)  # features of the queries
+R = tl.constexpr(5)  # slopes at the queries' first pre-activations, then the gradients of these
+COT_U = tl.constexpr(6)  # gradients of U, then of what the slopes make U of
+COT_X = tl.constexpr(7)  # gradients of X, then of the keys' first pre-activations; at depth 1 of the keys, and alone
+# Planes `[BLOCK, WIDTH]` in the dtype of q (a forward has the first one):
+U_LAST = tl.constexpr(0)  # directions of the last layer
+COT_R = tl.constexpr(1)  # gradients of the read's last pre-activations
+COT_Z = tl.constexpr(2)  # gradients of the write's last pre-activations
+# Planes `[BLOCK, WIDTH]` in float32 (backward only):
+Z = tl.constexpr(0)  # the write's last pre-activations
+READ = tl.constexpr(1)  # the read's
+COT_U_LAST = tl.constexpr(2)  # gradients of U_LAST
+COT_K = tl.constexpr(3)  # gradients of the keys, from the read
+
+
+@triton.jit
+def hidden_rows(
+    wide, name: tl.constexpr, j,
+    DEPTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Addresses of columns j.. of a hidden plane, and which of them exist."""
+    t, h = tl.arange(0, BLOCK)[:, None], j + tl.arange(0, BLOCK_J)[None, :]
+    return wide + (t * HIDDEN + h) + (name * BLOCK * HIDDEN if DEPTH > 1 else 0), (t < BLOCK) & (h < HIDDEN)
+
+
+@triton.jit
+def width_rows(narrow, name: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Addresses of a plane as wide as a token, and which of them exist."""
+    t, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    return narrow + (t * WIDTH + d) + name * BLOCK * WIDTH, (t < BLOCK) & (d < WIDTH)
+
+
+@triton.jit
+def scratch_of(
+    index, wide, narrow,
+    DEPTH: tl.constexpr, HIDDEN: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Planes of one tile in the dtype of q; KEEP: of a backward."""
+    PLANES: tl.constexpr = (8 if KEEP else 3) if DEPTH > 1 else 1
+    return wide + index * PLANES * BLOCK * HIDDEN, narrow + index * (3 if KEEP else 1) * BLOCK * WIDTH
+
+
 @triton.jit
 def token_rows(program, tile, num_tokens, H, TILE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Offsets of a tile's rows in slots `[B, S, H, WIDTH]`, and which of them exist."""
@@ -20,24 +68,22 @@ def token_rows(program, tile, num_tokens, H, TILE: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def first_block(j, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Columns j.. of a first matrix `[WIDTH, HIDDEN]`."""
+def first_block(
+    matrix, j, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr
+):  # fmt: skip
+    """Addresses of columns j.. of a first matrix `[WIDTH, HIDDEN]`, and which of them exist."""
     d, h = tl.arange(0, BLOCK_D)[:, None], j + tl.arange(0, BLOCK_J)[None, :]
-    return d * HIDDEN + h, (d < WIDTH) & (h < HIDDEN)
+    return matrix + (d * HIDDEN + h), (d < WIDTH) & (h < HIDDEN)
 
 
 @triton.jit
-def last_block(j, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Rows j.. of a last matrix `[HIDDEN, WIDTH]`."""
+def last_block(
+    matrix, j, DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The same for rows j.. of the last matrix `[HIDDEN, WIDTH]`, behind the first one if there is one."""
     h, d = j + tl.arange(0, BLOCK_J)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    return h * WIDTH + d, (h < HIDDEN) & (d < WIDTH)
-
-
-@triton.jit
-def hidden_rows(j, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr):
-    """Columns j.. of scratch rows `[BLOCK, HIDDEN]`."""
-    t, h = tl.arange(0, BLOCK)[:, None], j + tl.arange(0, BLOCK_J)[None, :]
-    return t * HIDDEN + h, (t < BLOCK) & (h < HIDDEN)
+    return matrix + (h * WIDTH + d) + (DEPTH - 1) * WIDTH * HIDDEN, (h < HIDDEN) & (d < WIDTH)
 
 
 @triton.jit
@@ -48,10 +94,16 @@ def column_block(pointer, at, valid, j, HIDDEN: tl.constexpr, BLOCK_J: tl.conste
 
 
 @triton.jit
-def width_rows(WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Scratch rows `[BLOCK, WIDTH]`."""
-    t, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    return t * WIDTH + d, (t < BLOCK) & (d < WIDTH)
+def load_tokens(pointer, at, valid, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Whole token rows."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(pointer + at + d, mask=valid & (d < WIDTH), other=0.0)
+
+
+@triton.jit
+def store_tokens(pointer, at, valid, x, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(pointer + at + d, x.to(pointer.dtype.element_ty), mask=valid & (d < WIDTH))
 
 
 @triton.jit
@@ -61,9 +113,13 @@ def square(BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load(pointer, block, mask):
-    """A block as float32."""
-    return tl.load(pointer + block, mask=mask, other=0.0).to(tl.float32)
+def load(at, mask):
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_float(at, mask):
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -76,9 +132,31 @@ def load_norm(weight, bias, head, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, HA
 
 
 @triton.jit
-def load_memory(state, base, block, mask, HAS_BASE: tl.constexpr):
-    d = load(state, block, mask)
-    return d + load(base, block, mask) if HAS_BASE else d
+def load_first(
+    state, base, j, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
+    HAS_BASE: tl.constexpr,
+):  # fmt: skip
+    """Columns j.. of the first matrix of a memory: base and offset."""
+    at, mask = first_block(state, j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
+    m = load(at, mask)
+    if HAS_BASE:
+        at, mask = first_block(base, j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
+        m += load(at, mask)
+    return m
+
+
+@triton.jit
+def load_last(
+    state, base, j, DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr, HAS_BASE: tl.constexpr,
+):  # fmt: skip
+    """Rows j.. of its last one."""
+    at, mask = last_block(state, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
+    m = load(at, mask)
+    if HAS_BASE:
+        at, mask = last_block(base, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
+        m += load(at, mask)
+    return m
 
 
 @triton.jit
