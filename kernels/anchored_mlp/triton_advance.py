@@ -43,7 +43,7 @@ def last_preactivation(
     """What the last matrix makes of the keys; at depth 2 their features, and the derivatives there, go to scratch."""
     dtype = keys.dtype
     z = tl.zeros([BLOCK, BLOCK_D], tl.float32)
-    for j in range(0, HIDDEN, BLOCK_J):
+    for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
         if DEPTH == 1:
             x = column_block(k, at, valid, j, HIDDEN, BLOCK_J)
         else:
@@ -110,7 +110,7 @@ def advance_kernel(
     SIZE: tl.constexpr = (2 if HAS_MOMENTUM else 1) * MOMENTUM
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     base += program % H * MOMENTUM
-    for step in range(0, count):
+    for step in tl.range(0, count, disable_licm=True):
         index = step * programs + program
         state = states + index * SIZE
         planes, lines = scratch_of(index, wide, narrow, DEPTH, HIDDEN, WIDTH, BLOCK, KEEP)
@@ -123,16 +123,16 @@ def advance_kernel(
             DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, ACT, HAS_BASE, PRECISION, KEEP,
         )  # fmt: skip
         if KEEP:
-            row, row_mask = width_rows(sums + index * 4 * BLOCK * WIDTH, Z, WIDTH, BLOCK, BLOCK_D)
-            tl.store(row, z, mask=row_mask)
+            line, line_mask = width_rows(sums + index * 4 * BLOCK * WIDTH, Z, WIDTH, BLOCK, BLOCK_D)
+            tl.store(line, z, mask=line_mask)
         gamma, shift = load_norm(weight, bias, program % H, WIDTH, BLOCK_D, HAS_NORM)
         values = load_tokens(v, at, valid, WIDTH, BLOCK_D).to(tl.float32)
         inside = (tl.arange(0, BLOCK_D) < WIDTH)[None, :]
         u = descent(z, keys.to(tl.float32), values, gamma, shift, inside, eps, WIDTH, HAS_NORM).to(keys.dtype)
-        row, row_mask = width_rows(lines, U_LAST, WIDTH, BLOCK, BLOCK_D)
-        tl.store(row, u, mask=row_mask)
+        direction, line_mask = width_rows(lines, U_LAST, WIDTH, BLOCK, BLOCK_D)
+        tl.store(direction, u, mask=line_mask)
         tl.debug_barrier()
-        for j in range(0, HIDDEN, BLOCK_J):
+        for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
             if DEPTH == 1:
                 x = column_block(k, at, valid, j, HIDDEN, BLOCK_J)
             else:

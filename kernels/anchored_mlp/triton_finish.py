@@ -94,7 +94,7 @@ def keys_kernel(
     base += program % H * MOMENTUM
     states += index * SIZE
     cot_states += (index + programs) * SIZE
-    planes, _ = scratch_of(index, wide, wide, DEPTH, HIDDEN, WIDTH, BLOCK, True)
+    planes = scratch_of(index, wide, wide, DEPTH, HIDDEN, WIDTH, BLOCK, True)[0]
     series = program * DEPTH * num_tiles + tile
     last = series + (DEPTH - 1) * num_tiles
     if DEPTH == 1:
@@ -108,7 +108,7 @@ def keys_kernel(
     keep_last = tl.zeros([BLOCK_J], tl.float32)
     pull_last = tl.zeros([BLOCK_J], tl.float32)
     carry_last = tl.zeros([BLOCK_J], tl.float32)
-    for j in range(0, HIDDEN, BLOCK_J):
+    for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
         block, mask = last_block(states, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
         cot_block, _ = last_block(cot_states, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
         a, b, c = end_products(block, cot_block, mask, MOMENTUM, HAS_MOMENTUM)
@@ -151,7 +151,7 @@ def base_kernel(
     total = total_last
     if DEPTH > 1:
         total = load(first_at, first_mask)
-    for step in range(0, count):
+    for step in tl.range(0, count, disable_licm=True):
         planes, lines = scratch_of(step * programs + program, wide, narrow, DEPTH, HIDDEN, WIDTH, BLOCK, True)
         at, valid = token_rows(program, first + step, num_tokens, H, TILE, WIDTH, BLOCK)
         row, row_mask = hidden_rows(planes, X, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)

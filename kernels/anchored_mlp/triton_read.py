@@ -102,7 +102,7 @@ def read_kernel(
         mixed = first_scores(queries, keys, grad + series * BLOCK * BLOCK, BLOCK, PRECISION)
     r = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     scores = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for j in range(0, HIDDEN, BLOCK_J):
+    for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
         if DEPTH == 1:
             x = column_block(k, at, valid, j, HIDDEN, BLOCK_J)
             y = column_block(q, at, valid, j, HIDDEN, BLOCK_J)

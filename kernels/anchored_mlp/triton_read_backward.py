@@ -107,7 +107,7 @@ def last_reads_vjp(
     t = tl.arange(0, BLOCK)
     cot_beta = tl.zeros([BLOCK], tl.float32)
     cot_f = tl.zeros([BLOCK], tl.float32)
-    for j in range(0, HIDDEN, BLOCK_J):
+    for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
         if DEPTH == 1:
             x = column_block(k, at, valid, j, HIDDEN, BLOCK_J)
             y = column_block(q, at, valid, j, HIDDEN, BLOCK_J)
@@ -152,7 +152,7 @@ def first_reads_vjp(
     cot_scores = tl.zeros([BLOCK, BLOCK], tl.float32)
     cot_beta = tl.zeros([BLOCK], tl.float32)
     cot_f = tl.zeros([BLOCK], tl.float32)
-    for j in range(0, HIDDEN, BLOCK_J):
+    for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
         row, mask = hidden_rows(wide, R, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
         cot_r = load(row, mask)
         row, _ = hidden_rows(wide, COT_U, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)

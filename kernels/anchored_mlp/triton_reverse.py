@@ -116,14 +116,14 @@ def folds_vjp(
     """First sweep: back through the folds, and through the first layer's directions, to X, U and U_LAST."""
     t = tl.arange(0, BLOCK)
     keys = load_tokens(k, at, valid, WIDTH, BLOCK_D)
-    row, row_mask = width_rows(lines, U_LAST, WIDTH, BLOCK, BLOCK_D)
-    u = load(row, row_mask)
+    line, line_mask = width_rows(lines, U_LAST, WIDTH, BLOCK, BLOCK_D)
+    u = load(line, line_mask)
     total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     write = tl.zeros([BLOCK], tl.float32)
     write_momentum = tl.zeros([BLOCK], tl.float32)
     write_last = tl.zeros([BLOCK], tl.float32)
     write_momentum_last = tl.zeros([BLOCK], tl.float32)
-    for j in range(0, HIDDEN, BLOCK_J):
+    for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
         row, row_mask = hidden_rows(wide, X, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
         x = column_block(k, at, valid, j, HIDDEN, BLOCK_J) if DEPTH == 1 else load(row, row_mask)
         block, mask = last_block(cot_state, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
@@ -145,8 +145,8 @@ def folds_vjp(
             write += a
             write_momentum += b
         tl.store(row, part_x.to(u.dtype), mask=row_mask)
-    row, row_mask = width_rows(sums, COT_U_LAST, WIDTH, BLOCK, BLOCK_D)
-    tl.store(row, total + load(row, row_mask), mask=row_mask)
+    total_at, line_mask = width_rows(sums, COT_U_LAST, WIDTH, BLOCK, BLOCK_D)
+    tl.store(total_at, total + load(total_at, line_mask), mask=line_mask)
     tl.store(cot_last_rows + 2 * BLOCK + t, write_last)
     tl.store(cot_last_rows + 3 * BLOCK + t, write_momentum_last)
     if DEPTH > 1:
@@ -225,9 +225,9 @@ def memory_vjp(
     BLOCK_J: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Second sweep: the memory at which the directions were taken, and with it the state in front of the tile."""
-    row, mask = width_rows(lines, COT_Z, WIDTH, BLOCK, BLOCK_D)
-    cot_z = load(row, mask)
-    for j in range(0, HIDDEN, BLOCK_J):
+    line, line_mask = width_rows(lines, COT_Z, WIDTH, BLOCK, BLOCK_D)
+    cot_z = load(line, line_mask)
+    for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
         m = load_last(state, base, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J, HAS_BASE).to(cot_z.dtype)
         back = product(cot_z, tl.trans(m), PRECISION)
         if DEPTH == 1:
@@ -243,12 +243,12 @@ def memory_vjp(
             row, mask = hidden_rows(wide, X, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
             cot_memory = product(tl.trans(load(row, mask)), cot_z, PRECISION)
             row, mask = hidden_rows(wide, COT_U, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
-            u_row, u_mask = width_rows(lines, U_LAST, WIDTH, BLOCK, BLOCK_D)
-            cot_memory += product(tl.trans(load(row, mask)), load(u_row, u_mask), PRECISION)
+            direction, _ = width_rows(lines, U_LAST, WIDTH, BLOCK, BLOCK_D)
+            cot_memory += product(tl.trans(load(row, mask)), load(direction, line_mask), PRECISION)
             row, mask = hidden_rows(wide, Y, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
             y = load(row, mask)
-        row, mask = width_rows(lines, COT_R, WIDTH, BLOCK, BLOCK_D)
-        cot_r = load(row, mask)
+        read_line, _ = width_rows(lines, COT_R, WIDTH, BLOCK, BLOCK_D)
+        cot_r = load(read_line, line_mask)
         block, mask = last_block(cot_state, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
         state_vjp(
             y, cot_r, cot_memory, block, mask, step, last_rows, last_ends,
@@ -268,7 +268,7 @@ def reverse_kernel(
     SIZE: tl.constexpr = (2 if HAS_MOMENTUM else 1) * DEPTH * WIDTH * HIDDEN
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     base += program % H * DEPTH * WIDTH * HIDDEN
-    for back in range(0, count):
+    for back in tl.range(0, count, disable_licm=True):
         tile = first + count - 1 - back
         index = (count - 1 - back) * programs + program
         state = states + index * SIZE
