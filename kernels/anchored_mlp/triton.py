@@ -4,17 +4,18 @@ README.md beside this file has the mathematics, the bytes and the floor.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 import triton
 from torch import Tensor
 
 from ..coefficients_triton import TileCoefficients
-from ..launch import differentiable_op, dot_precision, launch
+from ..launch import dot_precision, launch
 from ..types import Norm
 from .triton_advance import advance_kernel
 from .triton_finish import base_kernel, keys_kernel
-from .triton_plan import Cut, Memory, group_of, padded
+from .triton_plan import Memory, cut, device_of, group_of, padded
 from .triton_read import read_kernel
 from .triton_read_backward import read_backward_kernel
 from .triton_reverse import reverse_kernel
@@ -54,10 +55,13 @@ def mlp_scan(
     shapes = [x.shape for x in carry]
     packed_base = None if base is None else _pack(base)
     weight, bias = (None, None) if norm is None else (x.contiguous() for x in norm)
-    numbers = (depth, carry[0].shape[-1] if depth > 1 else q.shape[-1], len(carry) > depth, tile, activation, eps)
-    out, state, _ = _scan(
-        q.contiguous(), k.contiguous(), v.contiguous(), *coefficients, packed_base, weight, bias, _pack(carry), *numbers, True
-    )  # fmt: skip
+    hidden = q.shape[-1] if depth == 1 else carry[0].shape[-1]
+    q, k, v = (x.contiguous() for x in (q, k, v))
+    tensors = (q, k, v, *coefficients, packed_base, weight, bias, _pack(carry))
+    numbers = (depth, hidden, len(carry) > depth, tile, activation, eps)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    scan = _scan if keep or torch.compiler.is_compiling() else _forward
+    out, state, _ = scan(*tensors, *numbers, keep)
     parts = state.split([s[-2] * s[-1] for s in shapes], dim=-1)
     return out, tuple(part.unflatten(-1, s[-2:]) for part, s in zip(parts, shapes))
 
@@ -80,9 +84,10 @@ class _Walk:
             "DEPTH": depth, "TILE": tile, "BLOCK": padded(tile), "WIDTH": width, "BLOCK_D": padded(width),
             "HIDDEN": hidden, "HAS_BASE": base is not None, "HAS_NORM": weight is not None,
             "HAS_MOMENTUM": has_momentum, "PRECISION": dot_precision(),
-            "BLOCK_J": 16, "num_warps": 4, "num_stages": 1,
         }  # fmt: skip
         self.activation = activation
+        self.memory = Memory(depth, width, hidden, tile, q.element_size())
+        self.device = device_of(q.device)
         self.sizes = (self.num_tokens, self.num_tiles, self.programs, self.heads)
         rows = (self.group, self.batch, self.heads)
         block = padded(tile)
@@ -94,6 +99,10 @@ class _Walk:
         self.sums = state.new_empty(*rows, 4 if keep else 0, block, width)
         self.scores = state.new_empty(*rows, block, block if keep else 0)
 
+    def cut(self, kernel: str) -> dict[str, object]:
+        """Compile-time constants of one kernel."""
+        return self.constants | asdict(cut(kernel, self.memory, self.device))
+
     def groups(self) -> list[tuple[int, int]]:
         """First tile and number of tiles of each group."""
         starts = range(0, self.num_tiles, self.group)
@@ -104,7 +113,7 @@ class _Walk:
         launch(
             advance_kernel, self.programs, k, v, rows, ends, *self.shared, self.states, self.wide, self.narrow,
             self.sums, self.num_tokens, self.num_tiles, first, count, self.heads, self.eps,
-            ACT=self.activation, KEEP=keep, **self.constants,
+            ACT=self.activation, KEEP=keep, **self.cut("advance"),
         )  # fmt: skip
 
     def read(self, grad: Tensor, rows: Tensor, first: int, count: int, out: Tensor, keep: bool) -> None:
@@ -112,7 +121,7 @@ class _Walk:
         launch(
             read_kernel, self.programs * count, q, k, grad, rows, *self.shared, self.states, self.wide, self.narrow,
             self.sums, self.scores, out, self.num_tokens, self.num_tiles, first, self.programs, self.heads, self.eps,
-            ACT=self.activation, KEEP=keep, **self.constants,
+            ACT=self.activation, KEEP=keep, **self.cut("read"),
         )  # fmt: skip
 
 
@@ -136,58 +145,84 @@ def _forward(
 
 
 def _backward(
-    cot_out: Tensor, cot_state: Tensor, cot_kept: Tensor,
+    cot_out: Tensor, cot_state: Tensor,
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor, ends: Tensor,
     base: Tensor | None, weight: Tensor | None, bias: Tensor | None, kept: Tensor,
     depth: int, hidden: int, has_momentum: bool, tile: int, activation: str, eps: float,
 ) -> list[Tensor]:  # fmt: skip
+    """Group by group from the end: states again, then reads side by side, then the reverse walk, then the rest."""
     walk = _Walk(q, k, v, base, weight, bias, kept[0], (depth, hidden, has_momentum, tile, activation, eps), True)
     cot_q, cot_k, cot_v = (torch.empty_like(x) for x in (q, k, v))
     cot_grad, cot_rows, cot_ends = (torch.empty_like(x) for x in (grad, rows, ends))
     cot_norm = kept.new_empty(walk.batch, walk.heads, walk.num_tiles, 2, q.shape[-1])
     cot_states = torch.empty_like(walk.states)
     cot_base = kept.new_zeros(0, 0) if base is None else kept.new_zeros(walk.batch, *base.shape)
-    cot_out = cot_out.contiguous()
-    num_tokens, num_tiles, programs, heads, constants = *walk.sizes, walk.constants
+    cot_out, cot_before = cot_out.contiguous(), cot_state
+    num_tokens, num_tiles, programs, heads = walk.sizes
+    scratch = (walk.wide, walk.narrow, walk.sums)
     for i, (first, count) in reversed(list(enumerate(walk.groups()))):
         walk.states[0] = kept[i]
-        cot_states[count] = cot_state
+        cot_states[count] = cot_before
+        cot_before = cot_states[0]
         walk.advance(rows, ends, first, count, keep=True)
         walk.read(grad, rows, first, count, cot_out, keep=True)
-        scratch = (walk.wide, walk.narrow, walk.sums)
         launch(
             read_backward_kernel, programs * count, q, k, cot_out, grad, rows, *walk.shared, walk.states, *scratch,
             walk.scores, cot_q, cot_grad, cot_rows, cot_norm, num_tokens, num_tiles, first, programs, heads, eps,
-            **constants,
+            **walk.cut("read_backward"),
         )  # fmt: skip
         launch(
             reverse_kernel, programs, q, k, v, rows, ends, *walk.shared, walk.states, cot_states, *scratch, cot_v,
-            cot_rows, cot_norm, num_tokens, num_tiles, first, count, heads, eps, **constants,
+            cot_rows, cot_norm, num_tokens, num_tiles, first, count, heads, eps, **walk.cut("reverse"),
         )  # fmt: skip
         launch(
             keys_kernel, programs * count, rows, walk.shared[0], walk.states, cot_states, walk.wide, walk.sums, cot_v,
-            cot_k, cot_ends, num_tokens, num_tiles, first, programs, heads, **constants,
+            cot_k, cot_ends, num_tokens, num_tiles, first, programs, heads, **walk.cut("keys"),
         )  # fmt: skip
         if base is not None:
+            constants = {name: x for name, x in walk.cut("base").items() if not name.startswith("HAS_")}
             launch(
                 base_kernel, programs * triton.cdiv(hidden, constants["BLOCK_J"]), q, k, walk.wide, walk.narrow,
-                cot_base, num_tokens, first, count, programs, heads,
-                **{name: value for name, value in constants.items() if not name.startswith("HAS_")},
+                cot_base, num_tokens, first, count, programs, heads, **constants,
             )  # fmt: skip
-        cot_state = cot_states[0].clone()
-    cot_weight, cot_bias = (
-        kept.new_zeros(0) if weight is None else cot_norm[:, :, :, i].sum((0, 2)) for i in range(2)
-    )  # fmt: skip
-    return [cot_q, cot_k, cot_v, cot_grad, cot_rows, cot_ends, cot_base.sum(0), cot_weight, cot_bias, cot_state]
+    affine = [kept.new_zeros(0) if weight is None else cot_norm[:, :, :, i].sum((0, 2)) for i in range(2)]
+    return [cot_q, cot_k, cot_v, cot_grad, cot_rows, cot_ends, cot_base.sum(0), *affine, cot_states[0].clone()]
 
 
-def _save(inputs: tuple, outputs: tuple) -> tuple[list[Tensor | None], list]:
-    return [*inputs[:9], outputs[2]], list(inputs[10:16])
+# The number of launches depends on the length. An op that torch.compile does not look into keeps one graph for all.
+_scan = torch.library.custom_op("hf_memory::anchored_mlp_scan", _forward, mutates_args=())
+_scan_backward = torch.library.custom_op("hf_memory::anchored_mlp_scan_backward", _backward, mutates_args=())
 
 
-def _spread(gradients: tuple[Tensor, ...], numbers: list) -> tuple[Tensor | None, ...]:
+@_scan.register_fake
+def _fake_forward(q, k, v, grad, rows, ends, base, weight, bias, state, *numbers):
+    num_tiles = grad.shape[3]
+    groups = -(-num_tiles // group_of(num_tiles)) if numbers[-1] else 0
+    return torch.empty_like(v), torch.empty_like(state), state.new_empty(groups, *state.shape)
+
+
+@_scan_backward.register_fake
+def _fake_backward(cot_out, cot_state, q, k, v, grad, rows, ends, base, weight, bias, kept, *numbers):
+    gradients = [torch.empty_like(x) for x in (q, k, v, grad, rows, ends)]
+    gradients += [q.new_empty(0) if x is None else torch.empty_like(x) for x in (base, weight, bias)]
+    return [*gradients, torch.empty_like(cot_state)]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, _, kept = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(*inputs[:9], kept)
+    ctx.numbers = inputs[10:16]
+
+
+def _run_backward(ctx, cot_out: Tensor | None, cot_state: Tensor | None, _):
+    v, kept = ctx.saved_tensors[2], ctx.saved_tensors[-1]
+    cot_out = torch.zeros_like(v) if cot_out is None else cot_out
+    cot_state = kept.new_zeros(kept.shape[1:]) if cot_state is None else cot_state
+    gradients = _scan_backward(cot_out, cot_state, *ctx.saved_tensors, *ctx.numbers)
     absent = [x if x.numel() else None for x in gradients[6:9]]
-    return (*gradients[:6], *absent, gradients[9], *[None] * (len(numbers) + 1))
+    return (*gradients[:6], *absent, gradients[9], *[None] * 7)
 
 
-_scan = differentiable_op("anchored_mlp_scan", _forward, _backward, _save, _spread)
+_scan.register_autograd(_run_backward, setup_context=_setup_context)

@@ -1,10 +1,13 @@
-"""How the kernels of the anchored memories are cut for a device: a pure function, so that it has tests without one."""
+"""How the kernels of the anchored memories are cut for a device: pure functions, so that they have tests without one."""
 
+import functools
 from dataclasses import dataclass
+
+import torch
 
 
 MAX_TILE = 64
-MAX_WIDTH = {1: 256, 2: 128}
+KERNELS = ("advance", "read", "read_backward", "reverse", "keys", "base")
 
 
 @dataclass(frozen=True)
@@ -13,20 +16,28 @@ class Device:
 
     Attributes:
         shared_memory: bytes that one block may use.
-        registers: 32-bit registers of one multiprocessor.
-        multiprocessors: how many run side by side.
-        lanes: threads of a warp.
+        lanes: threads of a warp, 32 or 64.
     """
 
     shared_memory: int
-    registers: int
-    multiprocessors: int
     lanes: int = 32
+
+
+H200 = Device(shared_memory=227 * 1024)
+
+
+@functools.cache
+def device_of(device: torch.device) -> Device:
+    """What is known of a device; under the interpreter, which has none, of an H200."""
+    if device.type != "cuda":
+        return H200
+    properties = torch.cuda.get_device_properties(device)
+    return Device(properties.shared_memory_per_block_optin, properties.warp_size)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the kernels are compiled for besides dtypes.
+    """What the kernels are compiled for.
 
     Attributes:
         depth: 1 or 2 matrices.
@@ -40,24 +51,16 @@ class Memory:
     width: int
     hidden: int
     tile: int
-    itemsize: int
-
-    @property
-    def block(self) -> int:
-        return padded(self.tile)
-
-    @property
-    def block_d(self) -> int:
-        return padded(self.width)
+    itemsize: int = 2
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One kernel: rows of the last matrix that are on chip at a time, warps, and pipeline stages."""
+    """One kernel: columns of the hidden width that are on chip at a time, warps, and pipeline stages."""
 
-    block_j: int
+    BLOCK_J: int
     num_warps: int
-    num_stages: int
+    num_stages: int = 1
 
 
 def padded(size: int) -> int:
@@ -65,9 +68,12 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def group_of(num_tiles: int) -> int:
-    """Tiles between two kept states: the smallest whole number not below the root."""
-    group = 1
-    while group * group < num_tiles:
-        group += 1
-    return group
+def group_of(num_tiles):
+    """Tiles between two kept states: the smallest whole number not below the root. Takes symbolic numbers."""
+    return torch.sym_int(torch.sym_sqrt(num_tiles - 1)) + 1
+
+
+def cut(kernel: str, memory: Memory, device: Device) -> Cut:
+    block, block_d = padded(memory.tile), padded(memory.width)
+    block_j = 16 if kernel == "reverse" and block == 64 else 32
+    return Cut(min(block_j, padded(memory.hidden)), 4 if block_d <= 64 else 8)
