@@ -1,13 +1,16 @@
 """The walk over tiles: gradients at the tile's start, folded into the state behind it. Nothing is read here.
 
 This is the serial chain, so it is kept short: one program per batch row and head, and everything that a query needs
-(`triton_read.py`) is left in scratch, to be read by all tiles of a group at once. Tile i finds its state in `states[i]`
-and writes `states[i + 1]`, float32.
+(`triton_read.py`) is left in scratch, to be read by all tiles of a group at once. Tile i finds its state in
+`states[i]` and writes `states[i + 1]`, float32.
 """
+
+from functools import partial
 
 import triton
 import triton.language as tl
 
+from .triton_entries import entries
 from .triton_math import activation, descent
 from .triton_tiles import (
     BEND,
@@ -86,7 +89,7 @@ def fold_block(
     x, u, block, mask, step, rows, ends,
     MOMENTUM: tl.constexpr, BLOCK: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`d' = β d + f s + Σ G_s x_sᵀ u_s` and `s' = m s + Σ N_s x_sᵀ u_s` of one block; the results lie `step` further."""
+    """`d' = β d + f s + Σ G_s x_sᵀ u_s`, `s' = m s + Σ N_s x_sᵀ u_s` of one block; the results lie `step` further."""
     write, write_momentum = row_coefficients(rows + 2 * BLOCK, BLOCK)
     d = tl.load(ends) * load(block, mask)
     if HAS_MOMENTUM:
@@ -153,3 +156,6 @@ def advance_kernel(
                 MOMENTUM, BLOCK, HAS_MOMENTUM, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
+
+
+compile_entries = partial(entries, {"advance": (advance_kernel, True)})

@@ -1,12 +1,15 @@
 """What is left of a group's backward once the reverse walk has gone over it; nothing here waits for another tile.
 
 `keys_kernel`, one program per batch row, head and tile: gradients of the keys, and of β, f and m of the last token.
-`base_kernel`, one program per batch row, head and block of the hidden width: the gradient of the base, a sum over tiles.
+`base_kernel`, one program per batch row, head and block of the hidden width: gradients of the base, summed over tiles.
 """
+
+from functools import partial
 
 import triton
 import triton.language as tl
 
+from .triton_entries import entries
 from .triton_tiles import (
     COT_K,
     COT_R,
@@ -178,3 +181,6 @@ def base_kernel(
     tl.store(block, total_last, mask=mask)
     if DEPTH > 1:
         tl.store(first_at, total, mask=first_mask)
+
+
+compile_entries = partial(entries, {"keys": (keys_kernel, False), "base": (base_kernel, True)})

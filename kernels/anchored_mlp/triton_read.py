@@ -3,9 +3,12 @@
 One program per batch row, head and tile, from the states and scratch that `triton_advance.py` has left.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
+from .triton_entries import entries
 from .triton_math import activation, output
 from .triton_tiles import (
     READ,
@@ -134,3 +137,6 @@ def read_kernel(
         inside = (tl.arange(0, BLOCK_D) < WIDTH)[None, :]
         o = output(queries.to(tl.float32), r, gamma, shift, inside, eps, WIDTH, HAS_NORM)
         store_tokens(out, at, valid, o, WIDTH, BLOCK_D)
+
+
+compile_entries = partial(entries, {"read": (read_kernel, True)})

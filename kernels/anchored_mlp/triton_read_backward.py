@@ -3,9 +3,12 @@
 From what `triton_read.py` has kept; `triton_reverse.py` goes on with the gradients left in scratch.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
+from .triton_entries import entries
 from .triton_math import output_vjp
 from .triton_read import first_scores
 from .triton_tiles import (
@@ -221,3 +224,6 @@ def read_backward_kernel(
         if HAS_NORM:
             total += load_tokens(cot, at, valid, WIDTH, BLOCK_D).to(tl.float32)
         store_tokens(cot_q, at, valid, total, WIDTH, BLOCK_D)
+
+
+compile_entries = partial(entries, {"read_backward": (read_backward_kernel, True)})

@@ -1,13 +1,16 @@
 """The walk over tiles backwards: gradients of the states, through the folds and through the inner gradient itself.
 
-Like its counterpart, `triton_advance.py`, this chain holds only what the next tile waits for: one program per batch row
-and head, from the last tile of a group to the first. Tile i finds the gradients of the state behind it in
+Like its counterpart, `triton_advance.py`, this chain holds only what the next tile waits for: one program per batch
+row and head, from the last tile of a group to the first. Tile i finds the gradients of the state behind it in
 `cot_states[i + 1]` and writes `cot_states[i]`. What is left for `triton_finish.py` lies in scratch.
 """
+
+from functools import partial
 
 import triton
 import triton.language as tl
 
+from .triton_entries import entries
 from .triton_math import descent_vjp
 from .triton_tiles import (
     BEND,
@@ -297,3 +300,6 @@ def reverse_kernel(
             DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, HAS_BASE, HAS_MOMENTUM, PRECISION,
         )  # fmt: skip
         tl.debug_barrier()
+
+
+compile_entries = partial(entries, {"reverse": (reverse_kernel, True)})

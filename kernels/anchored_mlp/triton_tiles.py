@@ -2,8 +2,8 @@
 
 Every kernel walks the last matrix of the memory, `[HIDDEN, WIDTH]`, in blocks of its rows. A hidden block brings its
 own input rows of that matrix: activations of the first layer (depth 2), or columns of the keys (depth 1, where the
-hidden width is the key width). The matrices of one batch row and head are packed in one buffer: memory offsets first to
-last, then momenta first to last.
+hidden width is the key width). The matrices of one batch row and head are packed in one buffer: memory offsets first
+to last, then momenta first to last.
 """
 
 import triton

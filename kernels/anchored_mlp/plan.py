@@ -1,4 +1,4 @@
-"""How the kernels of the anchored memories are cut for a device: pure functions, so that they have tests without one."""
+"""How the kernels of the anchored memories are cut for a device: pure functions, tested without one."""
 
 import functools
 from dataclasses import dataclass
@@ -74,6 +74,7 @@ def group_of(num_tiles):
 
 
 def cut(kernel: str, memory: Memory, device: Device) -> Cut:
+    """The cut of one of `KERNELS`; what it needs was read off the compiler (README.md)."""
     block, block_d = padded(memory.tile), padded(memory.width)
-    block_j = 16 if kernel == "reverse" and block == 64 else 32
-    return Cut(min(block_j, padded(memory.hidden)), 4 if block_d <= 64 else 8)
+    wide = memory.itemsize == 2 and (block < 64 or kernel in ("keys", "base")) and kernel != "reverse"
+    return Cut(min(32 if wide else 16, padded(memory.hidden)), 4 if block_d <= 64 else 8)

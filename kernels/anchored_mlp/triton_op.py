@@ -13,9 +13,9 @@ from torch import Tensor
 from ..coefficients_triton import TileCoefficients
 from ..launch import dot_precision, launch
 from ..types import Norm
+from .plan import Memory, cut, device_of, group_of, padded
 from .triton_advance import advance_kernel
 from .triton_finish import base_kernel, keys_kernel
-from .triton_plan import Memory, cut, device_of, group_of, padded
 from .triton_read import read_kernel
 from .triton_read_backward import read_backward_kernel
 from .triton_reverse import reverse_kernel
@@ -73,7 +73,9 @@ def _pack(matrices: Sequence[Tensor]) -> Tensor:
 class _Walk:
     """One call: its sizes, its compile-time constants, and scratch for a group of tiles."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, base, weight, bias, state: Tensor, numbers: tuple, keep: bool) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, base, weight, bias, state: Tensor, numbers: tuple, keep: bool
+    ) -> None:
         depth, hidden, has_momentum, tile, activation, self.eps = numbers
         self.operands, (self.batch, self.num_tokens, self.heads, width) = (q, k, v), q.shape
         self.num_tiles, self.programs = triton.cdiv(self.num_tokens, tile), self.batch * self.heads
@@ -83,7 +85,7 @@ class _Walk:
         self.constants = {
             "DEPTH": depth, "TILE": tile, "BLOCK": padded(tile), "WIDTH": width, "BLOCK_D": padded(width),
             "HIDDEN": hidden, "HAS_BASE": base is not None, "HAS_NORM": weight is not None,
-            "HAS_MOMENTUM": has_momentum, "PRECISION": dot_precision(),
+            "HAS_MOMENTUM": has_momentum, "PRECISION": dot_precision(q.dtype),
         }  # fmt: skip
         self.activation = activation
         self.memory = Memory(depth, width, hidden, tile, q.element_size())
