@@ -74,7 +74,37 @@ def group_of(num_tiles):
 
 
 def cut(kernel: str, memory: Memory, device: Device) -> Cut:
-    """The cut of one of `KERNELS`; what it needs was read off the compiler (README.md)."""
-    block, block_d = padded(memory.tile), padded(memory.width)
-    wide = memory.itemsize == 2 and (block < 64 or kernel in ("keys", "base")) and kernel != "reverse"
-    return Cut(min(32 if wide else 16, padded(memory.hidden)), 4 if block_d <= 64 else 8)
+    """The cut of one of `KERNELS`: the widest block at which no target spills (README.md)."""
+    block, block_j = padded(memory.tile), 32
+    if kernel == "reverse" or kernel == "advance" and block == 64:
+        block_j = 16
+    elif kernel in ("read", "read_backward") and block == 64 and device.shared_memory < 200 * 1024:
+        block_j = 16
+    return Cut(min(block_j, padded(memory.hidden)), 4 if memory.width <= 64 else 8)
+
+
+def state_bytes(memory: Memory, has_momentum: bool) -> int:
+    """Memory and momentum of one batch row and head, float32."""
+    return 4 * (2 if has_momentum else 1) * memory.depth * memory.width * memory.hidden
+
+
+def kept_bytes(memory: Memory, series: int, num_tiles: int, has_momentum: bool) -> int:
+    """What a forward keeps for its backward besides its operands: a state in front of each group.
+
+    Args:
+        memory: what the kernels are compiled for.
+        series: batch rows times heads.
+        num_tiles: chunks of a row.
+        has_momentum: whether momenta are carried.
+    """
+    return series * -(-num_tiles // group_of(num_tiles)) * state_bytes(memory, has_momentum)
+
+
+def scratch_bytes(memory: Memory, series: int, num_tiles: int, has_momentum: bool, backward: bool) -> int:
+    """What a call needs while it runs, on top of operands and results; arguments as in `kept_bytes`."""
+    group, block = group_of(num_tiles), padded(memory.tile)
+    planes = (8 if backward else 3) if memory.depth > 1 else int(backward)
+    rows = memory.itemsize * block * (planes * memory.hidden + (3 if backward else 1) * memory.width)
+    rows += 4 * block * (4 * memory.width + block) * backward
+    states = (group + 1) * (2 if backward else 1) * state_bytes(memory, has_momentum)
+    return series * (states + group * rows)

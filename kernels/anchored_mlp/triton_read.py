@@ -58,12 +58,14 @@ def first_scores(queries, keys, grad, BLOCK: tl.constexpr, PRECISION: tl.constex
 
 @triton.jit
 def first_read(
-    queries, mixed, state, base, rows, wide, j,
+    q, at, valid, mixed, state, base, rows, wide, j,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_J: tl.constexpr, ACT: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     PRECISION: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Features of the queries, one hidden block of the first of two layers."""
+    # Loaded again in each round, which costs fewer registers than to keep them.
+    queries = load_tokens(q, at, valid, WIDTH, BLOCK_D)
     block, mask = first_block(state, j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
     base_block, _ = first_block(base, j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
     r = read_block(
@@ -111,20 +113,20 @@ def read_kernel(
             y = column_block(q, at, valid, j, HIDDEN, BLOCK_J)
         else:
             y = first_read(
-                queries, mixed, states, base, rows + series * 4 * BLOCK, planes, j,
+                q, at, valid, mixed, states, base, rows + series * 4 * BLOCK, planes, j,
                 DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, ACT, HAS_BASE, HAS_MOMENTUM, PRECISION, KEEP,
             )  # fmt: skip
             row, row_mask = hidden_rows(planes, X, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
             x = load(row, row_mask)
+        # A branch that is always taken: products in one block of the program share the compiler's choice of layout,
+        # and that of this small square one would make every warp repeat the others.
+        if num_tiles > 0:
+            scores += product(y, tl.trans(x), PRECISION)
         block, mask = last_block(states, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
         base_block, _ = last_block(base, j, DEPTH, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
         r += read_block(
             y, block, base_block, mask, rows + last * 4 * BLOCK, MOMENTUM, BLOCK, HAS_BASE, HAS_MOMENTUM, PRECISION
         )  # fmt: skip
-        # A branch that is always taken: products in one block of the program share the compiler's choice of layout,
-        # and that of this small square one would make every warp repeat the others.
-        if num_tiles > 0:
-            scores += product(y, tl.trans(x), PRECISION)
     weighted = (scores * tl.load(grad + last * BLOCK * BLOCK + square(BLOCK))).to(queries.dtype)
     row, mask = width_rows(lines, U_LAST, WIDTH, BLOCK, BLOCK_D)
     r += product(weighted, load(row, mask), PRECISION)
@@ -135,6 +137,7 @@ def read_kernel(
     else:
         gamma, shift = load_norm(weight, bias, program % H, WIDTH, BLOCK_D, HAS_NORM)
         inside = (tl.arange(0, BLOCK_D) < WIDTH)[None, :]
+        queries = load_tokens(q, at, valid, WIDTH, BLOCK_D)
         o = output(queries.to(tl.float32), r, gamma, shift, inside, eps, WIDTH, HAS_NORM)
         store_tokens(out, at, valid, o, WIDTH, BLOCK_D)
 

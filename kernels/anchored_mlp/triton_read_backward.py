@@ -142,19 +142,15 @@ def last_reads_vjp(
 
 
 @triton.jit
-def first_reads_vjp(
-    q, k, at, valid, grad, state, base, rows, wide, sums, cot_rows, cot_grad, num_tiles,
+def first_scores_vjp(
+    q, k, at, valid, grad, wide, sums, cot_grad, num_tiles,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_J: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_J: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Back through the first of two matrices and its scores; returns the part of the queries."""
-    t = tl.arange(0, BLOCK)
+    """Back through the scores of the first of two layers, to U, G and the keys; returns the part of the queries."""
     queries = load_tokens(q, at, valid, WIDTH, BLOCK_D)
     mixed = tl.trans(first_scores(queries, load_tokens(k, at, valid, WIDTH, BLOCK_D), grad, BLOCK, PRECISION))
-    total = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     cot_scores = tl.zeros([BLOCK, BLOCK], tl.float32)
-    cot_beta = tl.zeros([BLOCK], tl.float32)
-    cot_f = tl.zeros([BLOCK], tl.float32)
     for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
         row, mask = hidden_rows(wide, R, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
         cot_r = load(row, mask)
@@ -163,12 +159,34 @@ def first_reads_vjp(
         if num_tiles > 0:  # as in `read_kernel`
             row, _ = hidden_rows(wide, U, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
             cot_scores += product(cot_r, tl.trans(load(row, mask)), PRECISION)
+    queries = load_tokens(q, at, valid, WIDTH, BLOCK_D)
+    keys = load_tokens(k, at, valid, WIDTH, BLOCK_D)
+    part = lower(cot_scores * product(queries, tl.trans(keys), PRECISION), BLOCK)
+    tl.store(cot_grad + square(BLOCK), part)
+    cot_scores = (cot_scores * tl.load(grad + square(BLOCK))).to(keys.dtype)
+    line, line_mask = width_rows(sums, COT_K, WIDTH, BLOCK, BLOCK_D)
+    tl.store(line, product(tl.trans(cot_scores), queries, PRECISION), mask=line_mask)
+    return product(cot_scores, keys, PRECISION)
+
+
+@triton.jit
+def first_reads_vjp(
+    q, at, valid, total, state, base, rows, wide, cot_rows,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Back through the first of two matrices; adds to `total`, the gradients of the queries."""
+    t = tl.arange(0, BLOCK)
+    cot_beta = tl.zeros([BLOCK], tl.float32)
+    cot_f = tl.zeros([BLOCK], tl.float32)
+    for j in tl.range(0, HIDDEN, BLOCK_J, disable_licm=True):
+        row, row_mask = hidden_rows(wide, R, j, DEPTH, HIDDEN, BLOCK, BLOCK_J)
         block, mask = first_block(state, j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
         base_block, _ = first_block(base, j, WIDTH, HIDDEN, BLOCK_D, BLOCK_J)
         # Loaded again in each round: kept as float32 they would fill the registers.
         queries = load_tokens(q, at, valid, WIDTH, BLOCK_D)
         part, part_beta, part_f = read_block_vjp(
-            queries, cot_r, block, base_block, mask, rows,
+            queries, load(row, row_mask), block, base_block, mask, rows,
             2 * WIDTH * HIDDEN, BLOCK, HAS_BASE, HAS_MOMENTUM, PRECISION,
         )  # fmt: skip
         total += part
@@ -176,14 +194,7 @@ def first_reads_vjp(
         cot_f += part_f
     tl.store(cot_rows + t, cot_beta)
     tl.store(cot_rows + BLOCK + t, cot_f)
-    queries = load_tokens(q, at, valid, WIDTH, BLOCK_D)
-    keys = load_tokens(k, at, valid, WIDTH, BLOCK_D)
-    part = lower(cot_scores * product(queries, tl.trans(keys), PRECISION), BLOCK)
-    tl.store(cot_grad + square(BLOCK), part)
-    cot_scores = (cot_scores * tl.load(grad + square(BLOCK))).to(keys.dtype)
-    row, mask = width_rows(sums, COT_K, WIDTH, BLOCK, BLOCK_D)
-    tl.store(row, product(tl.trans(cot_scores), queries, PRECISION), mask=mask)
-    return total + product(cot_scores, keys, PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles", "first", "programs"])
@@ -216,9 +227,12 @@ def read_backward_kernel(
     )  # fmt: skip
     if DEPTH > 1:
         tl.debug_barrier()
+        total = first_scores_vjp(
+            q, k, at, valid, grad + series * BLOCK * BLOCK, planes, sums, cot_grad + series * BLOCK * BLOCK, num_tiles,
+            DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, PRECISION,
+        )  # fmt: skip
         total = first_reads_vjp(
-            q, k, at, valid, grad + series * BLOCK * BLOCK, states, base, rows + series * 4 * BLOCK, planes, sums,
-            cot_rows + series * 4 * BLOCK, cot_grad + series * BLOCK * BLOCK, num_tiles,
+            q, at, valid, total, states, base, rows + series * 4 * BLOCK, planes, cot_rows + series * 4 * BLOCK,
             DEPTH, WIDTH, HIDDEN, BLOCK, BLOCK_D, BLOCK_J, HAS_BASE, HAS_MOMENTUM, PRECISION,
         )  # fmt: skip
         if HAS_NORM:

@@ -9,10 +9,11 @@ from op_inputs import Case, assert_close, relative
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from hf_memory.kernels.anchored_mlp.triton_op import mlp_scan
+from hf_memory.kernels.anchored_mlp.plan import Memory, scratch_bytes
+from hf_memory.kernels.anchored_mlp.triton_op import _Walk, mlp_scan
 from hf_memory.kernels.coefficients_triton import tile_coefficients
 from hf_memory.kernels.state import make_state
-from hf_memory.kernels.types import Gates, Norm, check_inputs
+from hf_memory.kernels.types import AnchoredOptions, Gates, Norm, check_inputs
 
 
 NORMED = {"depth": 1, "norm": True}
@@ -55,11 +56,8 @@ def start(case: Case) -> list[Tensor]:
 
 def by_reference(case: Case, carry: list[Tensor]) -> list[Tensor]:
     """Output and carry, token by token with autograd of the loss, from a state without buffered rows."""
-    options = {"eps": 1e-6} | case.options
     tokens = (case.q, case.k, case.v, case.gates, case.weights, case.affine)
-    from hf_memory.kernels.types import AnchoredOptions
-
-    inputs = check_inputs(*tokens, None, AnchoredOptions(**options))
+    inputs = check_inputs(*tokens, None, AnchoredOptions(**case.options))
     chunk, (batch, _, heads, width) = case.options["chunk_size"], case.shape
     rows = torch.zeros(batch, heads, chunk, width, dtype=torch.float64)
     gates = Gates(*(None if x is None else x.new_zeros(batch, heads, chunk, case.depth) for x in case.gates))
@@ -81,7 +79,7 @@ def by_kernels(case: Case, carry: list[Tensor], anchored: Tensor | None = None) 
     return [out, *after]
 
 
-def gradients(case: Case, run, tokens: int | None = None) -> tuple[list[Tensor], dict[str, Tensor]]:
+def gradients(case: Case, run) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Results for a random carry, and the gradients of all operands for random cotangents of the results."""
     case.require_grad()
     carry = start(case)
@@ -108,3 +106,95 @@ def test_outputs_carry_and_gradients_equal_those_of_the_reference(name: str):
         assert_close(ours, theirs, 2e-6)
     for operand, grad in expected_grads.items():
         assert_close(grads[operand], grad, 4e-6, f"gradient of {operand}")
+
+
+def test_without_gradients_nothing_is_kept_and_nothing_changes():
+    case = Case(**settings("deep without momentum"), dtype=torch.float32)
+    carry = [x.detach() for x in start(case)]
+    plain = by_kernels(case, carry)
+    for ours, theirs in zip(by_kernels(case.require_grad(), carry), plain):
+        assert torch.equal(ours, theirs)
+
+
+def test_rows_that_end_inside_a_chunk_carry_what_lies_before():
+    """Per row: slots behind `anchored` are read but not folded."""
+    case = Case(**settings("linear with norm"), dtype=torch.float32)
+    carry = [x.detach() for x in start(case)]
+    whole = by_kernels(case, carry, torch.tensor([32, 8]))
+    case.q, case.k, case.v = (x[:, :8].contiguous() for x in (case.q, case.k, case.v))
+    case.gates, case.shape = Gates(*(x[:, :8].contiguous() for x in case.gates)), (2, 8, 2, 16)
+    part = by_kernels(case, carry)
+    assert_close(whole[0][:, :8], part[0], 1e-6)
+    for ours, theirs in zip(whole[1:], part[1:]):
+        assert_close(ours[1], theirs[1], 1e-6)
+
+
+def test_half_precision_costs_what_it_costs_the_chunk_form():
+    def run(form: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        case = (
+            Case(shape=(1, 20, 1, 16), options={"chunk_size": 8, "decay_target": "init"}).to(torch.float16).to(dtype)
+        )
+        if form == "chunk":
+            case.require_grad()
+            out = case("chunk")[0]
+        else:
+            case.gates = Gates(*(x.float() for x in case.gates))
+            case.weights, case.affine = [w.float() for w in case.weights], tuple(x.float() for x in case.affine)
+            case.require_grad()
+            zeros = [torch.zeros(1, *w.shape) for w in case.weights] * 2
+            out = by_kernels(case, zeros)[0]
+        assert out.dtype == dtype
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
+        grads = torch.autograd.grad((out.double() * weight).sum(), list(case.operands.values()))
+        return {"output": out.detach()} | dict(zip(case.operands, grads))
+
+    truth, kernels = run("chunk", torch.float64), run("triton", torch.float16)
+    # One rounding of an operand to half precision is 2.8e-4; a gradient passes through some twenty.
+    for name, x in truth.items():
+        assert relative(kernels[name], x) <= (2e-3 if name == "output" else 1e-2), name
+
+
+def test_gates_that_underflow():
+    case = Case(shape=(1, 16, 1, 8), options={"chunk_size": 7, "decay_target": "init"}, dtype=torch.float32)
+    forget = torch.tensor([0.0, -1e-3, -200.0])[torch.arange(16) % 3].view(1, 16, 1, 1).expand(1, 16, 1, 2)
+    case.gates = Gates(case.gates.step, forget.clone(), forget.roll(1, 1).clone())
+    results, grads = gradients(case, by_kernels)
+    truth, expected = gradients(case.to(torch.float64), by_reference)
+    for ours, theirs in zip(results, truth):
+        assert_close(ours, theirs, 2e-6)
+    for name, grad in expected.items():
+        assert_close(grads[name], grad, 4e-6, name)
+
+
+def test_scratch_is_what_the_plan_says():
+    for name, backward in (("deep without norm", True), ("linear with norm", False), ("linear with norm", True)):
+        case = Case(**settings(name), dtype=torch.float32)
+        hidden, tile = case.weights[0].shape[-1], case.options["chunk_size"]
+        state = torch.zeros(case.shape[0], case.shape[2], 2 * sum(w[0].numel() for w in case.weights))
+        numbers = (case.depth, hidden, True, tile, "gelu", 1e-6)
+        walk = _Walk(case.q, case.k, case.v, None, None, None, state, numbers, backward)
+        owned = sum(x.nbytes for x in vars(walk).values() if isinstance(x, Tensor)) + backward * walk.states.nbytes
+        memory = Memory(case.depth, case.shape[-1], hidden, tile, 4)
+        tiles = -(-case.shape[1] // tile)
+        assert owned == scratch_bytes(memory, case.shape[0] * case.shape[2], tiles, True, backward)
+
+
+def test_one_graph_and_no_recompilation_per_length():
+    counter = CompileCounter()
+    case = Case(**NORMED, shape=(1, 30, 1, 8), dtype=torch.float32, options={"chunk_size": 4, "decay_target": "init"})
+    zeros = [torch.zeros(1, *w.shape) for w in case.weights] * 2
+
+    def run(q, k, v, step):
+        coefficients = tile_coefficients(Gates(step, -step, -step), torch.zeros(1, dtype=torch.long), 4)
+        return mlp_scan(
+            q, k, v, coefficients, case.weights, Norm(*case.affine), zeros, activation="gelu", eps=1e-6, tile=4
+        )[0]
+
+    compiled = torch.compile(run, backend=counter, fullgraph=True)
+    for length in (7, 12, 25):
+        tokens = case.sliced(0, length)
+        operands = [x.contiguous() for x in (*(tokens[name] for name in "qkv"), tokens["gates"].step)]
+        for x in operands:
+            torch._dynamo.mark_dynamic(x, 1)
+        torch.testing.assert_close(compiled(*operands), run(*operands))
+    assert counter.frame_count == 1
