@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 
-MAX_TILE = 64
+WIDEST_TILE = 64
+WIDEST_STATE = {1: 256, 2: 128}
+"""Key and value width that the kernels take, by depth."""
 KERNELS = ("advance", "read", "read_backward", "reverse", "keys", "base")
 
 
@@ -66,6 +68,21 @@ class Cut:
 def padded(size: int) -> int:
     """The power of two that tensor cores take."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def unsupported(depth: int, width: int, value_width: int, tile: int, has_norm: bool) -> str | None:
+    """Why `mlp_scan` does not take a memory, as the end of a sentence; `None` if it does."""
+    if depth not in WIDEST_STATE:
+        return f"for one or two layers, not for {depth}"
+    if depth == 1 and not has_norm:
+        return "not for one layer without a LayerNorm"
+    if width != value_width:
+        return f"for equal key and value widths, not for {width} and {value_width}"
+    if width > WIDEST_STATE[depth]:
+        return f"up to a width of {WIDEST_STATE[depth]} at depth {depth}, not for {width}"
+    if not 1 <= tile <= WIDEST_TILE:
+        return f"for chunks of 1 to {WIDEST_TILE} tokens, not for {tile}"
+    return None
 
 
 def group_of(num_tiles):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..coefficients_triton import TileCoefficients
 from ..launch import dot_precision, launch
 from ..types import Norm
-from .plan import Memory, cut, device_of, group_of, padded
+from .plan import Memory, cut, device_of, group_of, padded, unsupported
 from .triton_advance import advance_kernel
 from .triton_finish import base_kernel, keys_kernel
 from .triton_read import read_kernel
@@ -50,8 +50,13 @@ def mlp_scan(
 
     Returns:
         outputs `[B, S, H, D]` in the dtype of v, and the carry behind the last tile. Differentiable for every tensor.
+
+    Raises:
+        ValueError: for a memory that the kernels are not made for.
     """
     depth = coefficients.grad.shape[2]
+    if reason := unsupported(depth, q.shape[-1], v.shape[-1], tile, norm is not None):
+        raise ValueError(f"The kernels of anchored memories are {reason}.")
     shapes = [x.shape for x in carry]
     packed_base = None if base is None else _pack(base)
     weight, bias = (None, None) if norm is None else (x.contiguous() for x in norm)

@@ -17,6 +17,7 @@ from hf_memory.kernels.anchored_mlp.plan import (
     padded,
     scratch_bytes,
     state_bytes,
+    unsupported,
 )
 
 
@@ -62,3 +63,12 @@ def test_memory_grows_with_the_root_of_the_length():
     for backward in (False, True):
         short, long = (scratch_bytes(memory, 1, tiles, True, backward) for tiles in (256, 4 * 256))
         assert 1.9 < long / short < 2.0
+
+
+def test_what_the_kernels_are_not_made_for_is_said():
+    assert unsupported(2, 128, 128, 64, True) is unsupported(1, 256, 256, 1, True) is None
+    assert "two layers, not for 3" in unsupported(3, 64, 64, 16, True)
+    assert "LayerNorm" in unsupported(1, 64, 64, 16, False)
+    assert "64 and 32" in unsupported(2, 64, 32, 16, False)
+    assert "128 at depth 2, not for 256" in unsupported(2, 256, 256, 16, True)
+    assert "not for 65" in unsupported(2, 64, 64, 65, True)
