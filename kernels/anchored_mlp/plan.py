@@ -97,6 +97,8 @@ def cut(kernel: str, memory: Memory, device: Device) -> Cut:
         block_j = 16
     elif kernel in ("read", "read_backward") and block == 64 and device.shared_memory < 200 * 1024:
         block_j = 16
+    elif kernel == "keys" and memory.itemsize == 4:
+        block_j = 16
     return Cut(min(block_j, padded(memory.hidden)), 4 if memory.width <= 64 else 8)
 
 

@@ -21,21 +21,12 @@ from hf_memory.kernels.anchored_mlp.plan import (
 )
 
 
-def run_in_the_interpreter(*arguments: str) -> None:
+def test_kernels_in_the_interpreter():
     file = Path(__file__).with_name("interpreted_mlp.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-def test_kernels_in_the_interpreter():
-    run_in_the_interpreter()
-
-
-@pytest.mark.slow
-def test_more_kernels_in_the_interpreter():
-    run_in_the_interpreter("-m", "slow")
 
 
 def test_groups_are_the_root_rounded_up():
