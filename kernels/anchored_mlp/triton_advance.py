@@ -111,7 +111,7 @@ def advance_kernel(
     """Tiles first, ..., first + count - 1 of every row and head, from `states[0]`; scratch of tile i lies at i."""
     MOMENTUM: tl.constexpr = DEPTH * WIDTH * HIDDEN
     SIZE: tl.constexpr = (2 if HAS_MOMENTUM else 1) * MOMENTUM
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     base += program % H * MOMENTUM
     for step in tl.range(0, count, disable_licm=True):
         index = step * programs + program

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 # Dtype of q, k and v; depth, width, hidden width and chunk.
 CONFIGURATIONS = (
-    ("bf16", 2, 64, 256, 64),
     ("bf16", 2, 64, 256, 16),
+    ("bf16", 2, 64, 256, 64),
     ("bf16", 2, 128, 512, 16),
     ("bf16", 1, 64, 64, 16),
     ("bf16", 1, 128, 128, 16),

@@ -269,7 +269,7 @@ def reverse_kernel(
 ):  # fmt: skip
     """Tiles first + count - 1, ..., first of every row and head, from `cot_states[count]`."""
     SIZE: tl.constexpr = (2 if HAS_MOMENTUM else 1) * DEPTH * WIDTH * HIDDEN
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     base += program % H * DEPTH * WIDTH * HIDDEN
     for back in tl.range(0, count, disable_licm=True):
         tile = first + count - 1 - back
