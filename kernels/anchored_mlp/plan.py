@@ -99,7 +99,7 @@ def cut(kernel: str, memory: Memory, device: Device) -> Cut:
         block_j = 16
     elif kernel == "keys" and memory.itemsize == 4:
         block_j = 16
-    elif kernel == "read_backward" and block < 64 and memory.width > 64:
+    elif kernel == "read_backward" and block < 64 and memory.width > 64 and device.lanes == 32:
         block_j = 64  # eight columns for each warp
     return Cut(min(block_j, padded(memory.hidden)), 4 if memory.width <= 64 else 8)
 
