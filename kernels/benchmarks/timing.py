@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -45,6 +46,8 @@ def time_once(call: Callable[[], object], device: torch.device) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+    # Behind a flush that still runs, Python could launch kernels for free.
+    torch.cuda.synchronize(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -92,6 +95,32 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
     before = torch.cuda.memory_allocated(device)
     call()
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def captured(make: Callable[[], Callable[[], Tensor | None]], device: torch.device) -> Callable[[], Tensor | None]:
+    """A call replayed from a CUDA graph; what it returns is overwritten by the next replay.
+
+    Args:
+        make: gives the call to capture; called twice, since warming up may use up what a call works on.
+        device: a CUDA device.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        warm_up = make()
+        for _ in range(3):
+            warm_up()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    call = make()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor | None:
+        graph.replay()
+        return out
+
+    return replay
 
 
 def measure(

@@ -1,0 +1,148 @@
+"""What a fresh process waits for: the first forward, backward and decoded token of an op, with empty caches.
+
+As a command it makes these calls for several ops at once and keeps what they compile, so that processes after it start
+warm: `python -m hf_memory.kernels.benchmarks.first_call --help`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+
+from .inputs import window
+from .timing import Timing, peak_memory
+
+
+if TYPE_CHECKING:
+    from .run import Job
+
+CACHES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+"""Environment variables with the folders that compiled code is kept in."""
+
+LIMIT = 600
+"""Seconds that one process may take."""
+
+
+class FirstCallError(RuntimeError):
+    """The process that was to make the calls failed."""
+
+
+def _first_call(job: "Job") -> dict[str, float]:
+    """Make the calls, in the process that this module runs as."""
+    from .run import forward_backward
+
+    inputs = job.inputs()
+    # The context and the libraries of the card are everybody's.
+    square = torch.ones(256, 256, device=job.device, dtype=inputs["v"].dtype)
+    _finish(lambda: square @ square, job)
+    step = forward_backward(job.provider.forward, inputs)
+
+    def calls() -> None:
+        step()
+        if job.provider.decode is not None:
+            prompt = min(64, job.shape.time - 1)
+            with torch.no_grad():
+                job.provider.decode(window(inputs, 0, prompt + 1), prompt)(prompt)
+
+    seconds = _finish(calls, job)
+    return {"milliseconds": 1e3 * seconds, "peak_mib": peak_memory(calls, job.device)}
+
+
+def _finish(call: Callable[[], object], job: "Job") -> float:
+    start = time.perf_counter()
+    call()
+    if job.device.type == "cuda":
+        torch.cuda.synchronize(job.device)
+    return time.perf_counter() - start
+
+
+def _start(job: "Job", environment: dict[str, str]) -> dict[str, float]:
+    """The calls of a job in a process of their own.
+
+    Raises:
+        FirstCallError: with the last line of what the process said.
+    """
+    names = {"op": job.op.label, "provider": job.provider.name, "form": job.provider.form}
+    what = names | {"shape": str(job.shape), "dtype": job.dtype, "device": str(job.device)}
+    command = [sys.executable, "-m", __name__, "--only", json.dumps(what)]
+    path = os.pathsep.join(sys.path)
+    ended = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=os.environ | {"PYTHONPATH": path} | environment,
+    )
+    if ended.returncode:
+        said = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]
+        raise FirstCallError(f"first call in a fresh process: {said[-1]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def measure_first_call(job: "Job") -> Timing:
+    """Time the calls in a fresh process with empty caches.
+
+    Raises:
+        FirstCallError: if they fail.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        found = _start(job, {name: os.path.join(folder, name) for name in CACHES})
+    return Timing(*[found["milliseconds"]] * 3, 1, found["milliseconds"], found["peak_mib"])
+
+
+def _job(what: dict[str, str]) -> "Job":
+    from .registry import OPS
+    from .run import Job, Shape
+
+    op, device = OPS[what["op"]], torch.device(what["device"])
+    provider = next(
+        p for p in op.providers(device, peers=True) if (p.name, p.form) == (what["provider"], what["form"])
+    )
+    return Job(op, provider, Shape.parse(what["shape"]), what["dtype"], "first-call", device)
+
+
+def main(
+    op: Annotated[list[str] | None, typer.Option(help="Name, or name/grid. Default: all.")] = None,
+    form: Annotated[list[str] | None, typer.Option(help="Our forms. Default: all but compiled.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="BATCHxTIMExHEADSxWIDTH.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of queries, keys and values.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
+    peers: Annotated[bool, typer.Option("--peers", help="Warm up what other libraries offer, too.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes at a time.")] = os.cpu_count() or 1,
+    only: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Compile what ops need for their usual shapes, several at a time, into the caches that everybody uses."""
+    if only is not None:
+        typer.echo(json.dumps(_first_call(_job(json.loads(only)))))
+        return
+    from .run import Shape, jobs, select
+
+    on = torch.device(device)
+    shapes = [Shape.parse(text) for text in shape] if shape else None
+    todo = [job for job in jobs(select(op or []), shapes, [dtype], ["fwd"], on, peers, form or []) if _compiles(job)]
+
+    def warm_up(job: "Job") -> str:
+        try:
+            return f"{_start(job, {})['milliseconds'] / 1e3:8.1f} s"
+        except (FirstCallError, subprocess.TimeoutExpired) as error:
+            return f"failed: {error}"
+
+    with ThreadPoolExecutor(workers) as pool:
+        for job, outcome in zip(todo, pool.map(warm_up, todo)):
+            typer.echo(f"{job.op.label:24}{job.provider.name} {job.provider.form:16}{str(job.shape):16}{outcome}")
+
+
+def _compiles(job: "Job") -> bool:
+    return job.provider.form not in ("sdpa", "plain PyTorch")
+
+
+if __name__ == "__main__":
+    typer.run(main)
