@@ -166,4 +166,8 @@ def test_session_fills_its_folder(example, tmp_path: Path):
     summary = json.loads((tmp_path / "session.json").read_text())
     assert all(step["status"] == 0 for step in summary["steps"])
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"cpu.jsonl", "session.json", "session.log", "training.json", "training.png"}
+    written = {"session.json", "session.log", "targets.txt", "training.json", "training.png"}
+    assert names == written | {"cpu.jsonl", "cpu.png"}
+    rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert {row["op"] for row in rows} == {"anchored_mlp", "matmul", "model"}
+    assert {row["run"] for row in rows} == {summary["run"]}

@@ -127,7 +127,8 @@ def main(
 
     on = torch.device(device)
     shapes = [Shape.parse(text) for text in shape] if shape else None
-    todo = [job for job in jobs(select(op or []), shapes, [dtype], ["fwd"], on, peers, form or []) if _compiles(job)]
+    found = jobs(select(op or []), shapes, [dtype], ["first-call", "fwd-graph"], on, peers, form or [])
+    todo = list({(job.op.label, job.provider.form, job.shape): job for job in found if _compiles(job)}.values())
 
     def warm_up(job: "Job") -> str:
         try:

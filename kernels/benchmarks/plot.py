@@ -34,6 +34,11 @@ def _key(row: Row) -> Key:
     return (_label(row), row.mode, shape.batch, shape.heads, shape.width, row.dtype)
 
 
+def _by(row: Row) -> str:
+    inexact = row.error is not None and row.error > row.allowed
+    return f"{row.provider}, {row.form}" + (", inexact" if inexact else "")
+
+
 def _time(row: Row) -> int:
     return Shape.parse(row.shape).time
 
@@ -52,9 +57,9 @@ def panels(rows: list[Row]) -> dict[Key, dict[str, list[Row]]]:
     own, peers = defaultdict(lambda: defaultdict(list)), defaultdict(lambda: defaultdict(list))
     for row in sorted(rows, key=_time):
         if row.provider == OWN:
-            own[_key(row)][f"{row.provider}, {row.form}"].append(row)
+            own[_key(row)][_by(row)].append(row)
         elif row.op not in ("matmul", "model"):
-            peers[_key(row)[1:]][f"{row.provider}, {row.form} ({_label(row)})"].append(row)
+            peers[_key(row)[1:]][f"{_by(row)} ({_label(row)})"].append(row)
     return {
         key: {**lines, **peers[key[1:]]}
         for key, lines in own.items()
@@ -116,7 +121,7 @@ def _draw_panel(axes: "Axes", lines: dict[str, list[Row]], styles: dict[str, dic
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms per token" if "decode" in line[0].mode else "ms")
     ticks = sorted({_time(row) for line in lines.values() for row in line})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
-    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
 
 

@@ -256,9 +256,11 @@ def main(
         except WrongResultError as error:
             wrong += job.provider.name == OWN
             typer.echo(f"wrong: {error}")
-        except RuntimeError as error:
-            # Out of memory, or a peer that does not take the shape or the dtype: the next row may still be filled.
-            typer.echo(f"skipped: {job.op.label} by {job.provider.name}, {job.shape}: {error}")
+        except Exception as error:  # whatever a library raises, the next row may still be filled
+            # That a shape does not fit, or that a peer does not take it, is no failure.
+            wrong += job.provider.name == OWN and not isinstance(error, torch.OutOfMemoryError)
+            what = f"{job.op.label} by {job.provider.name} {job.provider.form}, {job.shape}, {job.mode}"
+            typer.echo(f"skipped: {what}: {type(error).__name__}: {error}")
         else:
             typer.echo(line(job, checked, row))
             if row:

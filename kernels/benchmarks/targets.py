@@ -18,6 +18,7 @@ from .run import floor_of
 
 
 LONG, SMALL, DEEP_SHAPES = "1x8192x16x128", "8x1024x8x64", ("16x2048x16x64", "4x2048x16x64")
+SLOTS_SHAPE = "1x8192x16x64"
 FLA = {"op": "gated_delta_rule", "provider": "fla"}
 OURS = {"provider": "hf_memory", "form": "triton"}
 COMPILED = {"provider": "hf_memory", "form": "compiled"}
@@ -104,25 +105,25 @@ def _seconds(wanted: dict, rows: Rows) -> float | None:
     return _quotient(rows.ms(mode="first-call", **wanted), 1e3)
 
 
-def _against_fla(what: str, op: str, grid: int, limits: tuple[float, float]) -> list[Target]:
+def _against_fla(what: str, op: str, grid: int, limits: dict[str, float], shape: str = LONG) -> list[Target]:
     targets = []
-    for mode, limit in zip(("fwd", "fwd+bwd"), limits):
-        where = {"shape": LONG, "mode": mode}
+    for mode, limit in limits.items():
+        where = {"shape": shape, "mode": mode}
         ours = {"op": op, "grid": grid, **OURS, **where}
-        targets.append(Target(f"{what}, {LONG}, {mode} / fla", limit, partial(_ratio, ours, FLA | where)))
+        targets.append(Target(f"{what}, {shape}, {mode} / fla", limit, partial(_ratio, ours, FLA | where)))
     return targets
 
 
 def _linear() -> list[Target]:
-    targets = _against_fla("linear, grid 64", "anchored_linear", 64, (0.9, 1.1))
+    targets = _against_fla("linear, grid 64", "anchored_linear", 64, {"fwd": 0.9, "fwd+bwd": 1.1})
     for grid in (16, 1):
-        targets += _against_fla(f"linear, grid {grid}", "anchored_linear", grid, (1.4, 1.7))
+        targets += _against_fla(f"linear, grid {grid}", "anchored_linear", grid, {"fwd": 1.4, "fwd+bwd": 1.7})
     for grid in (16, 1):
         ours = {"op": "anchored_linear", "grid": grid, "mode": "fwd+bwd", **OURS}
         targets.append(Target(f"linear, grid {grid}, float32, error", 1e-5, partial(_error, ours), unit=""))
     fla = {"op": "anchored_linear", "grid": 1, "mode": "fwd+bwd", "provider": "fla"}
     targets.append(Target("the same by fla's chunk form (fails)", 1e-5, partial(_error, fla), at_least=True, unit=""))
-    targets += _against_fla("linear with norm, grid 64", "anchored_linear_norm", 64, (1.5, 2.0))
+    targets += _against_fla("linear with norm, grid 64", "anchored_linear_norm", 64, {"fwd": 1.5, "fwd+bwd": 2.0})
     small = {"op": "anchored_linear", "grid": 64, "shape": SMALL, **OURS}
     eager = small | {"mode": "fwd"}
     targets.append(Target(f"linear, grid 64, {SMALL}, fwd", 0.12, partial(_milliseconds, eager), unit="ms"))
@@ -162,7 +163,15 @@ def _serving() -> list[Target]:
     return targets
 
 
-TARGETS = [*_linear(), *_deep(), *_serving()]
+def _slots() -> list[Target]:
+    return [
+        *_against_fla("Lattice, grid 16", "sphere_slots", 16, {"fwd+bwd": 3.0}, SLOTS_SHAPE),
+        *_against_fla("Lattice, exact", "sphere_slots", 1, {"fwd+bwd": 12.0}, SLOTS_SHAPE),
+        *_against_fla("Trellis, chunk 16", "two_pass_slots", 16, {"fwd+bwd": 2.5}, SLOTS_SHAPE),
+    ]
+
+
+TARGETS = [*_linear(), *_deep(), *_serving(), *_slots()]
 
 
 def table(rows: list[Row]) -> str:
