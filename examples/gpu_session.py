@@ -73,7 +73,7 @@ def steps(device: str, quick: bool, rows: Path, work: Path) -> list[Step]:
         shapes = flags("shape", "1x64x2x16 1x128x2x16")
         return [
             Step("float32", _module("run", *to, "--quick", "--check", "--op", "anchored_linear/16"), 40),
-            Step("anchored_mlp", _module("run", *to, "--quick", "--peers", "--op", "anchored_mlp/16", *shapes), 80),
+            Step("anchored_mlp", _module("run", *to, "--quick", "--op", "anchored_mlp/16", *shapes), 80),
             Step("matmul", _module("matmul", *to, "--size", "64", "--seconds", "0"), 20),
             Step("models", [*MODELS, *to, "--quick", "--models", "titans-depth-1,llama"], 40),
             Step("training", [*training, "--models", "titans-depth-1,llama", *QUICK_TRAINING], 100),

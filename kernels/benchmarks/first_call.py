@@ -123,12 +123,16 @@ def main(
     if only is not None:
         typer.echo(json.dumps(_first_call(_job(json.loads(only)))))
         return
-    from .run import Shape, jobs, select
+    from .run import DTYPES, OWN_FORMS, Shape, jobs, known, select
 
     on = torch.device(device)
-    shapes = [Shape.parse(text) for text in shape] if shape else None
-    found = jobs(select(op or []), shapes, [dtype], ["first-call", "fwd-graph"], on, peers, form or [])
-    todo = list({(job.op.label, job.provider.form, job.shape): job for job in found if _compiles(job)}.values())
+    try:
+        shapes = [Shape.parse(text) for text in shape] if shape else None
+        dtypes, forms = known([dtype], DTYPES, "dtype"), known(form or [], OWN_FORMS, "form")
+        found = jobs(select(op or []), shapes, dtypes, ["first-call", "fwd-graph"], on, peers, forms)
+        todo = list({(job.op.label, job.provider.form, job.shape): job for job in found if _compiles(job)}.values())
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
     def warm_up(job: "Job") -> str:
         try:

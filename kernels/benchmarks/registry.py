@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -108,12 +108,16 @@ def _own(run: Run, form: str) -> Provider:
 
 
 def _compiled(run: Run) -> Provider:
-    # Not `dynamic`: a row has one length. A break of the graph is an error: what is behind it would be timed as if it
-    # were compiled.
-    def call(inputs: Tensors, state: State | None, final: bool) -> tuple[Tensor, State | None]:
-        return run(inputs, state, final)
+    @cache
+    def compiled() -> Run:
+        # Not `dynamic`: a row has one length. A break of the graph is an error: what is behind it would be timed as if
+        # it were compiled.
+        return torch.compile(lambda *operands: run(*operands), fullgraph=True, dynamic=False)
 
-    return replace(_own(torch.compile(call, fullgraph=True, dynamic=False), "chunk"), form=COMPILED)
+    def call(inputs: Tensors, state: State | None, final: bool) -> tuple[Tensor, State | None]:
+        return compiled()(inputs, state, final)
+
+    return replace(_own(call, "chunk"), form=COMPILED)
 
 
 def _truth(run: Run) -> Callable[[Tensors], Tensor]:

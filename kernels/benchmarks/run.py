@@ -10,7 +10,6 @@ import torch
 import typer
 from torch import Tensor
 
-from ..types import FORMS
 from . import floors
 from .correctness import CPU_MODES, MODES, Check, WrongResultError, check
 from .inputs import Shape, Tensors, cast
@@ -35,6 +34,7 @@ SHAPES_OF_MODE = {
 }
 AT_LARGEST_WIDTH = ("decode", "decode-graph", "first-call")
 """Modes that take an op's largest width only."""
+OWN_FORMS = ("triton", "chunk", COMPILED)
 CPU_SHAPE = "1x2048x4x64"
 QUICK_SHAPE = "1x160x2x16"
 # A state does not depend on how much was read, so the prompt of a decode row can be short.
@@ -96,8 +96,9 @@ class Job:
             from .first_call import measure_first_call
 
             return measure_first_call(self)
-        # What other rows have compiled would count against this one's limit of compilations.
-        torch.compiler.reset()
+        if self.provider.form == COMPILED:
+            # What other rows have compiled would count against this one's limit of compilations.
+            torch.compiler.reset()
         inputs = self.inputs()
         if self.mode == "fwd+bwd":
             return measure(forward_backward(self.provider.forward, inputs), self.device, seconds)
@@ -220,7 +221,7 @@ def main(
     dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}.")] = None,
     mode: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODES)}. Default: all that run.")] = None,
     form: Annotated[
-        list[str] | None, typer.Option(help="Our forms to measure. Default: all, compiled if --peers.")
+        list[str] | None, typer.Option(help=f"Of {', '.join(OWN_FORMS)}; compiled needs --peers unless named.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     peers: Annotated[bool, typer.Option("--peers", help="Time what other libraries offer, where installed.")] = False,
@@ -236,11 +237,11 @@ def main(
     try:
         ops = select(op or [])
         shapes = [Shape.parse(text) for text in shape] if shape else None
-        dtypes = _known(dtype or [DEFAULT_DTYPE[on.type]], DTYPES, "dtype")
-        modes = _known(mode or list(DEFAULT_MODES[on.type]), MODES, "mode")
+        dtypes = known(dtype or [DEFAULT_DTYPE[on.type]], DTYPES, "dtype")
+        modes = known(mode or list(DEFAULT_MODES[on.type]), MODES, "mode")
         if on.type == "cpu" and (graphs := [m for m in modes if m.endswith("-graph")]):
             raise ValueError(f"CUDA graphs need a GPU: {', '.join(graphs)} cannot be measured on {device!r}.")
-        forms = _known(form or [], [*FORMS[:0:-1], COMPILED], "form")
+        forms = known(form or [], OWN_FORMS, "form")
         todo = list(jobs(ops, shapes, dtypes, modes, on, peers, forms))
         if check:
             todo = list({(j.op, j.provider, j.shape.width, j.dtype, j.mode): j for j in todo}.values())
@@ -272,7 +273,12 @@ def main(
         raise typer.Exit(1)
 
 
-def _known(names: list[str], accepted: Iterable[str], what: str) -> list[str]:
+def known(names: list[str], accepted: Iterable[str], what: str) -> list[str]:
+    """The names, if all are accepted.
+
+    Raises:
+        ValueError: for one that is not.
+    """
     for name in names:
         if name not in accepted:
             raise ValueError(f"Unknown {what} {name!r}, use one of {', '.join(accepted)}.")
