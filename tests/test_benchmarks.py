@@ -208,13 +208,14 @@ def test_first_call_starts_from_empty_caches(monkeypatch):
 
     def fake(command, env, **options):
         seen.update(env)
-        seen["job"] = command[-1]
+        seen["module"], seen["job"] = command[2], command[-1]
         return subprocess.CompletedProcess(command, 0, '{"milliseconds": 7.0, "peak_mib": 1.0}', "")
 
     monkeypatch.setattr(first_call.subprocess, "run", fake)
     assert first_call.measure_first_call(job).median_ms == 7.0
     assert not any(Path(seen[name]).exists() for name in first_call.CACHES)
     again = first_call._job(json.loads(seen["job"]))
+    assert seen["module"] == first_call.__name__
     assert (again.op, again.shape, again.provider.form) == (job.op, job.shape, "chunk")
     failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no kernel")
     monkeypatch.setattr(first_call.subprocess, "run", lambda *args, **options: failed)

@@ -72,7 +72,7 @@ def _start(job: "Job", environment: dict[str, str]) -> dict[str, float]:
     """
     names = {"op": job.op.label, "provider": job.provider.name, "form": job.provider.form}
     what = names | {"shape": str(job.shape), "dtype": job.dtype, "device": str(job.device)}
-    command = [sys.executable, "-m", __name__, "--only", json.dumps(what)]
+    command = [sys.executable, "-m", __spec__.name, "--only", json.dumps(what)]
     path = os.pathsep.join(sys.path)
     ended = subprocess.run(
         command,
@@ -123,6 +123,7 @@ def main(
     if only is not None:
         typer.echo(json.dumps(_first_call(_job(json.loads(only)))))
         return
+    from .registry import OWN
     from .run import DTYPES, OWN_FORMS, Shape, jobs, known, select
 
     on = torch.device(device)
@@ -134,15 +135,20 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
 
-    def warm_up(job: "Job") -> str:
+    def warm_up(job: "Job") -> tuple[str, bool]:
         try:
-            return f"{_start(job, {})['milliseconds'] / 1e3:8.1f} s"
+            return f"{_start(job, {})['milliseconds'] / 1e3:8.1f} s", False
         except (FirstCallError, subprocess.TimeoutExpired) as error:
-            return f"failed: {error}"
+            return f"failed: {error}", job.provider.name == OWN
 
+    failed = False
     with ThreadPoolExecutor(workers) as pool:
-        for job, outcome in zip(todo, pool.map(warm_up, todo)):
-            typer.echo(f"{job.op.label:24}{job.provider.name} {job.provider.form:16}{str(job.shape):16}{outcome}")
+        for job, (outcome, ours) in zip(todo, pool.map(warm_up, todo)):
+            by = f"{job.provider.name} {job.provider.form}"
+            typer.echo(f"{job.op.label:24}{by:24}{str(job.shape):16}{outcome}")
+            failed = failed or ours
+    if failed:
+        raise typer.Exit(1)
 
 
 def _compiles(job: "Job") -> bool:
