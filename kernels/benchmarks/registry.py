@@ -75,10 +75,7 @@ class Op:
         return self.name if self.grid is None else f"{self.name}/{self.grid}"
 
     def providers(self, device: torch.device, peers: bool = False) -> list[Provider]:
-        """Everything that can compute the op on a device, our own fast forms first.
-
-        With `peers` also what other libraries offer, and our chunk form under `torch.compile`.
-        """
+        """Everything that can compute the op on a device, our own fast forms first."""
         own = [] if self.run is None else [_own(self.run, form) for form in forms(device) if form != "reference"]
         if own and not peers:
             return own
