@@ -9,13 +9,16 @@ session.json, which says how each step ended.
 python examples/gpu_session.py --minutes 9 --output session
 """
 
+import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,12 +26,15 @@ from typing import Annotated
 import torch
 import typer
 
-from hf_memory.kernels.benchmarks import rows as benchmark_rows
-from hf_memory.kernels.benchmarks.registry import OPS
-from hf_memory.kernels.benchmarks.targets import table
-
 
 ROOT = Path(__file__).resolve().parents[1]
+# A checkout need not be installed, here and in the steps.
+sys.path.insert(0, str(ROOT))
+from hf_memory.kernels.benchmarks import rows as benchmark_rows  # noqa: E402
+from hf_memory.kernels.benchmarks.registry import OPS  # noqa: E402
+from hf_memory.kernels.benchmarks.targets import table  # noqa: E402
+
+
 BENCHMARKS = "hf_memory.kernels.benchmarks"
 TRAINING = [sys.executable, str(ROOT / "examples" / "train_comparison.py")]
 MODELS = [sys.executable, str(ROOT / "examples" / "model_speed.py")]
@@ -84,8 +90,9 @@ def steps(device: str, quick: bool, rows: Path, work: Path) -> list[Step]:
 
 
 def _op_steps(to: list[str], device: str) -> list[Step]:
-    linear = flags("op", "anchored_linear gated_delta_rule")
-    passes, wanted = flags("mode", "fwd fwd+bwd"), flags("op", "anchored_linear anchored_mlp")
+    # First what the others are compared with, then what is wanted most.
+    linear = flags("op", "gated_delta_rule anchored_linear/64 anchored_linear/16 anchored_linear/1")
+    passes, wanted = flags("mode", "fwd fwd+bwd"), [*linear, "--op", "anchored_mlp"]
     ours, short = ["--form", "triton"], ["--seconds", "0.3"]
     beside = [*to, *ours, *short, "--peers"]
     deep = flags("shape", "16x2048x16x64 4x2048x16x64")
@@ -97,20 +104,21 @@ def _op_steps(to: list[str], device: str) -> list[Step]:
     longer = flags("shape", "1x2048x16x128 1x32768x16x128 4x2048x16x64 16x2048x16x64")
     baselines, slots = ["--op", "softmax_attention"], [label for label, op in OPS.items() if "slots" in op.name]
     found = [
-        Step("warm-up", _module("first_call", "--device", device, *ours, "--peers", *wanted, *linear, *norm[:2]), 50),
+        Step("warm-up", _module("first_call", "--device", device, *ours, "--peers", *wanted, *norm[:2]), 50),
         Step("linear", _module("run", *beside, *linear, *passes, *flags("shape", "1x8192x16x128 8x1024x8x64")), 60),
         Step("matmul", _module("matmul", *to, *short), 12),
         Step("deep", _module("run", *beside, "--op", "anchored_mlp", *passes, *deep), 50),
-        Step("decode", _module("run", *beside, *wanted, *linear, *baselines, "--mode", "decode"), 50),
-        Step("graphs", _module("run", *beside, *wanted, *linear, *flags("mode", "decode-graph fwd-graph")), 50),
+        Step("decode", _module("run", *beside, *wanted, *baselines, "--mode", "decode"), 50),
+        Step("graphs", _module("run", *beside, *wanted, *flags("mode", "decode-graph fwd-graph")), 50),
         Step("norm", _module("run", *beside, *norm, *passes), 30),
         Step("float32", _module("run", *beside, *float32), 25),
         Step("first call", _module("run", *to, *ours, *cold, "--mode", "first-call"), 50),
         Step("models", [*MODELS, *to, "--seconds", "1"], 90),
         Step("compiled", _module("run", *to, *compiled, *short), 60),
         Step("lengths", _module("run", *beside, *linear, *baselines, *passes, *longer), 50),
-        Step("titans-pytorch", _module("titans_pytorch", *to), 25),
     ]
+    if importlib.util.find_spec("titans_pytorch"):
+        found.append(Step("titans-pytorch", _module("titans_pytorch", *to), 25))
     if slots:
         where = [*passes, "--shape", "1x8192x16x64"]
         ops = flags("op", " ".join([*slots, "gated_delta_rule"]))
@@ -132,18 +140,27 @@ def run_step(step: Step, seconds: float, log: Path, run: str) -> dict:
         stream.write(f"\n== {step.name}: at most {seconds:.0f} s\n{' '.join(command)}\n")
         stream.flush()
         environment = os.environ | {"PYTHONPATH": path, benchmark_rows.RUN: run}
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment)
+        # With a group of its own, so that what it has started ends with it and leaves the GPU to the next step.
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
             status: int | str = process.wait(seconds)
         except subprocess.TimeoutExpired:
             status = "out of time"
-            process.terminate()
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        finally:
+            stop(process)
     return {"step": step.name, "status": status, "seconds": round(time.monotonic() - start, 1)}
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process that still runs, and its group, politely first."""
+    for wanted in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, wanted)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
 def collect(work: Path, output: Path) -> None:

@@ -95,6 +95,11 @@ class Setting:
         size = (batch, self.context)
         return torch.randint(config.vocab_size, size, generator=generator, device=self.device)
 
+    def model(self, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+        """A model with random weights, made where it runs."""
+        with self.device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
     def measure(self, call: Callable[[], object], per: int = 1, inference: bool = True) -> Timing:
         """Time a call."""
         return measure(call, self.device, self.seconds, MIN_RUNS, MAX_RUNS, per, inference)
@@ -102,7 +107,7 @@ class Setting:
 
 def time_training(config: PreTrainedConfig, batch: int, setting: Setting) -> Timing:
     """A step: forward, loss, backward, optimizer."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(setting.device).train()
+    model = setting.model(config, torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=setting.device.type == "cuda")
     ids = setting.ids(config, batch)
 
@@ -120,14 +125,14 @@ def time_training(config: PreTrainedConfig, batch: int, setting: Setting) -> Tim
 
 def time_prefill(config: PreTrainedConfig, batch: int, setting: Setting) -> Timing:
     """A prompt as long as the context, with a cache."""
-    model, ids = _for_inference(config, setting), setting.ids(config, batch)
+    model, ids = setting.model(config, setting.dtype).eval(), setting.ids(config, batch)
     timing = setting.measure(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
     return timing._replace(peak_mib=timing.peak_mib + held_bytes(model) / 2**20)
 
 
 def time_decode(config: PreTrainedConfig, batch: int, setting: Setting) -> Timing:
     """A token behind such a prompt, over as many as a chunk has: memories are folded once in a while."""
-    model, ids = _for_inference(config, setting), setting.ids(config, batch)
+    model, ids = setting.model(config, setting.dtype).eval(), setting.ids(config, batch)
     tokens = max(getattr(config, "chunk_size", 1), 16)
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -138,10 +143,6 @@ def time_decode(config: PreTrainedConfig, batch: int, setting: Setting) -> Timin
 
     timing = setting.measure(chunk, per=tokens)
     return timing._replace(peak_mib=timing.peak_mib + held_bytes(model) / 2**20)
-
-
-def _for_inference(config: PreTrainedConfig, setting: Setting) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=setting.dtype).to(setting.device).eval()
 
 
 TIMERS = dict(zip(MODES, (time_training, time_prefill, time_decode)))

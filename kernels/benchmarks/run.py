@@ -176,7 +176,7 @@ def jobs(
 
 
 def select(names: list[str]) -> list[Op]:
-    """Ops by label (`anchored_mlp/16`) or by name (`anchored_mlp`: all its grids); all for an empty list.
+    """Ops by label (`anchored_mlp/16`) or name (`anchored_mlp`: all its grids), in this order; all for an empty list.
 
     Raises:
         ValueError: for an unknown name.
@@ -185,7 +185,8 @@ def select(names: list[str]) -> list[Op]:
     for name in names:
         if name not in known:
             raise ValueError(f"Unknown op {name!r}, the ops are {sorted(known)}.")
-    return [op for op in OPS.values() if not names or op.name in names or op.label in names]
+    named = {op.label: op for name in names for op in OPS.values() if name in (op.name, op.label)}
+    return list(named.values() if names else OPS.values())
 
 
 HEADER = (
