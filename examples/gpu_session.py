@@ -114,7 +114,7 @@ def _op_steps(to: list[str], device: str) -> list[Step]:
         Step("float32", _module("run", *beside, *float32), 25),
         Step("first call", _module("run", *to, *ours, *cold, "--mode", "first-call"), 50),
         Step("models", [*MODELS, *to, "--seconds", "1"], 90),
-        Step("compiled", _module("run", *to, *compiled, *short), 60),
+        Step("compiled", _module("run", *to, *compiled, *short), 100),
         Step("lengths", _module("run", *beside, *linear, *baselines, *passes, *longer), 50),
     ]
     if importlib.util.find_spec("titans_pytorch"):

@@ -35,8 +35,9 @@ class FirstCallError(RuntimeError):
     """The process that was to make the calls failed."""
 
 
-def _first_call(job: "Job") -> dict[str, float]:
+def _first_call(job: "Job") -> dict[str, float | None]:
     """Make the calls, in the process that this module runs as."""
+    from .registry import COMPILED
     from .run import forward_backward
 
     inputs = job.inputs()
@@ -53,7 +54,8 @@ def _first_call(job: "Job") -> dict[str, float]:
                 job.provider.decode(window(inputs, 0, prompt + 1), prompt)(prompt)
 
     seconds = _finish(calls, job)
-    return {"milliseconds": 1e3 * seconds, "peak_mib": peak_memory(calls, job.device)}
+    counted = job.device.type != "cpu" or job.provider.form != COMPILED
+    return {"milliseconds": 1e3 * seconds, "peak_mib": peak_memory(calls, job.device) if counted else None}
 
 
 def _finish(call: Callable[[], object], job: "Job") -> float:
@@ -64,7 +66,7 @@ def _finish(call: Callable[[], object], job: "Job") -> float:
     return time.perf_counter() - start
 
 
-def _start(job: "Job", environment: dict[str, str]) -> dict[str, float]:
+def _start(job: "Job", environment: dict[str, str]) -> dict[str, float | None]:
     """The calls of a job in a process of their own.
 
     Raises:

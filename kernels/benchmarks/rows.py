@@ -45,7 +45,8 @@ class Row:
         runs: how many were made.
         first_call_ms: the first call with this shape, behind the check. In the mode `"first-call"` in a fresh process
             with empty caches: forward, backward and one decoded token, everything compiled.
-        peak_mib: memory needed beyond the operands; of a model everything, weights and optimizer too.
+        peak_mib: memory needed beyond the operands; of a model everything, weights and optimizer too. `None` for
+            compiled code on a CPU, where it cannot be counted.
         error: relative RMS error of the worst tensor in the correctness check; `None` for a model, and for a peer that
             computes another function.
         allowed: what it was allowed to be.
@@ -72,7 +73,7 @@ class Row:
     q80_ms: float
     runs: int
     first_call_ms: float
-    peak_mib: float
+    peak_mib: float | None
     error: float | None
     allowed: float | None
     device: str

@@ -21,7 +21,7 @@ from .timing import Timing, captured, measure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-DEFAULT_MODES = {"cpu": CPU_MODES, "cuda": MODES}
+DEFAULT_MODES = {"cpu": CPU_MODES, "cuda": MODES[:-1]}
 SHAPES = ("1x8192x16x128", "1x32768x16x128", "4x2048x16x64", "16x2048x16x64", "8x1024x8x64")
 DECODE_SHAPES = ("1x2048x16x128", "64x2048x16x128", "1x2048x16x64", "64x2048x16x64")
 SHAPES_OF_MODE = {
@@ -99,9 +99,9 @@ class Job:
         if self.provider.form == COMPILED:
             # What other rows have compiled would count against this one's limit of compilations.
             torch.compiler.reset()
-        inputs = self.inputs()
+        inputs, memory = self.inputs(), self.device.type != "cpu" or self.provider.form != COMPILED
         if self.mode == "fwd+bwd":
-            return measure(forward_backward(self.provider.forward, inputs), self.device, seconds)
+            return measure(forward_backward(self.provider.forward, inputs), self.device, seconds, memory=memory)
         decodes = self.mode.startswith("decode")
         # A whole chunk per call: folding it into the memory is part of what a token costs.
         tokens = max(self.op.grid or 1, 16) if decodes else 1
@@ -113,7 +113,7 @@ class Job:
 
         with torch.no_grad():
             call = captured(make, self.device) if self.mode.endswith("-graph") else make()
-        return measure(call, self.device, seconds, per=tokens, inference=True)
+        return measure(call, self.device, seconds, per=tokens, inference=True, memory=memory)
 
 
 def _decode(provider: Provider, inputs: Tensors, start: int, tokens: int) -> Callable[[], None]:
@@ -202,7 +202,8 @@ def line(job: Job, checked: Check | None, row: Row | None) -> str:
     text = f"{job.op.label:24}{by:24}{str(job.shape):16}{job.dtype:9}{job.mode:13}{error:>9}"
     if row is None:
         return f"{text}  {'not compared' if checked is None else 'right' if checked.passed else 'inexact'}"
-    text += f"{row.median_ms:11.3g}{row.q20_ms:9.3g}{row.q80_ms:9.3g}{row.peak_mib:9.1f}"
+    peak = "-" if row.peak_mib is None else f"{row.peak_mib:.1f}"
+    text += f"{row.median_ms:11.3g}{row.q20_ms:9.3g}{row.q80_ms:9.3g}{peak:>9}"
     if checked is not None and not checked.passed:
         return f"{text}  inexact"
     floor = floor_of(row)
@@ -220,7 +221,7 @@ def main(
     op: Annotated[list[str] | None, typer.Option(help="Name, or name/grid. Default: all.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="BATCHxTIMExHEADSxWIDTH.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(DTYPES)}.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODES)}. Default: all that run.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODES)}. Default: all but the last.")] = None,
     form: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(OWN_FORMS)}; compiled needs --peers unless named.")
     ] = None,
@@ -262,7 +263,8 @@ def main(
             # That a shape does not fit, or that a peer does not take it, is no failure.
             wrong += job.provider.name == OWN and not isinstance(error, torch.OutOfMemoryError)
             what = f"{job.op.label} by {job.provider.name} {job.provider.form}, {job.shape}, {job.mode}"
-            typer.echo(f"skipped: {what}: {type(error).__name__}: {error}")
+            said = str(error).strip().partition("\n")[0]
+            typer.echo(f"skipped: {what}: {type(error).__name__}: {said}")
         else:
             typer.echo(line(job, checked, row))
             if row:

@@ -27,7 +27,7 @@ class Timing(NamedTuple):
     q80_ms: float
     runs: int
     first_call_ms: float
-    peak_mib: float
+    peak_mib: float | None
 
 
 def quantile(times: list[float], q: float) -> float:
@@ -131,6 +131,7 @@ def measure(
     max_runs: int = 200,
     per: int = 1,
     inference: bool = False,
+    memory: bool = True,
 ) -> Timing:
     """Time a call until `seconds` are over.
 
@@ -142,6 +143,7 @@ def measure(
         max_runs: runs that are enough.
         per: how many units (tokens) one call makes; times are per unit.
         inference: run under `torch.no_grad`.
+        memory: whether to count the peak. On the CPU that takes a dispatch mode, beside which nothing is compiled.
     """
     context: AbstractContextManager = torch.no_grad() if inference else nullcontext()
     with context:
@@ -152,7 +154,7 @@ def measure(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         first = 1e3 * (time.perf_counter() - start)
-        peak = peak_memory(call, device)
+        peak = peak_memory(call, device) if memory else None
         times: list[float] = []
         start = time.perf_counter()
         while len(times) < min_runs or (time.perf_counter() - start < seconds and len(times) < max_runs):
