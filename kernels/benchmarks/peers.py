@@ -122,10 +122,8 @@ def _fla_momentum_delta_rule(inputs: Tensors) -> Tensor:
         return chunk_momentum_delta_rule(**operands, **_AS_IS)[0]
     # The op refuses float32; this is what it runs.
     memory, momentum = operands.pop("initial_state")
-    ones = torch.ones_like(operands["eta"])
-    return chunk_momentum_delta_rule_ref(p=operands["k"], beta=ones, initial_S=memory, initial_M=momentum, **operands)[
-        0
-    ]
+    operands |= {"p": operands["k"], "beta": torch.ones_like(operands["eta"])}
+    return chunk_momentum_delta_rule_ref(**operands, initial_S=memory, initial_M=momentum)[0]
 
 
 def _fla_momentum_delta_rule_decode(inputs: Tensors, start: int) -> Callable[[int], Tensor]:
