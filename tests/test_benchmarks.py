@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from hf_memory.kernels.benchmarks.inputs import Shape
 from hf_memory.kernels.benchmarks.peers import FLA_MOMENTUM_DELTA_RULE
 from hf_memory.kernels.benchmarks.registry import OPS, Op
 from hf_memory.kernels.benchmarks.rows import RESULTS, Row, append, read
-from hf_memory.kernels.benchmarks.timing import measure, peak_memory, quantile
+from hf_memory.kernels.benchmarks.timing import captured, measure, peak_memory, quantile
 
 
 CPU = torch.device("cpu")
@@ -189,6 +190,25 @@ def test_compiled_chunk_form_is_one_graph(monkeypatch):
     out = provider.forward(leaves)
     torch.testing.assert_close(out, op.truth(inputs), rtol=1e-4, atol=1e-5)
     torch.autograd.grad(out.sum(), list(leaves.values()))
+
+
+def test_a_graph_is_captured_from_a_call_that_was_not_warmed_up_with(monkeypatch):
+    # What Python does around a capture; the capture itself needs a GPU.
+    cuda = MagicMock()
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    calls: list[list[int]] = []
+
+    def make() -> Callable[[], Tensor]:
+        calls.append([])
+        mine = calls[-1]
+        return lambda: mine.append(0) or torch.tensor(float(len(calls)))
+
+    replay = captured(make, torch.device("cuda"))
+    assert [len(made) for made in calls] == [3, 1]
+    assert replay() == 2.0 and [len(made) for made in calls] == [3, 1]
+    cuda.CUDAGraph.return_value.replay.assert_called_once_with()
+    cuda.graph.assert_called_once_with(cuda.CUDAGraph.return_value)
 
 
 def test_shapes_fit_the_op_and_the_mode():
