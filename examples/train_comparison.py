@@ -84,6 +84,21 @@ class Plan:
         return cls(**json.loads((folder / "plan.json").read_text()))
 
 
+def memory_rule(name: str, chunk: int) -> dict[str, int | bool]:
+    """Fields of `TitansConfig` that make one of `MODELS` out of it."""
+    rules = {
+        "titans-depth-2": {"memory_depth": 2, "chunk_size": chunk},
+        "titans-depth-1": {"memory_depth": 1, "chunk_size": chunk},
+        "gated-delta-rule": {
+            "memory_depth": 1,
+            "chunk_size": 1,
+            "memory_momentum": False,
+            "decay_before_grad": True,
+        },
+    }
+    return rules[name]
+
+
 def make_config(name: str, plan: Plan, intermediate: int) -> PreTrainedConfig:
     """Configuration of one of `MODELS`."""
     shared = {
@@ -100,17 +115,7 @@ def make_config(name: str, plan: Plan, intermediate: int) -> PreTrainedConfig:
     }
     if name == "llama":
         return LlamaConfig(**shared)
-    rules = {
-        "titans-depth-2": {"memory_depth": 2, "chunk_size": plan.chunk},
-        "titans-depth-1": {"memory_depth": 1, "chunk_size": plan.chunk},
-        "gated-delta-rule": {
-            "memory_depth": 1,
-            "chunk_size": 1,
-            "memory_momentum": False,
-            "decay_before_grad": True,
-        },
-    }
-    return TitansConfig(num_persistent_tokens=16, **rules[name], **shared)
+    return TitansConfig(num_persistent_tokens=16, **memory_rule(name, plan.chunk), **shared)
 
 
 def count_parameters(config: PreTrainedConfig) -> int:

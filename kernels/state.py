@@ -46,9 +46,13 @@ def carried(inputs: Inputs, state: State | None) -> tuple[Tensor, ...]:
         names += [f"momentum_{i}" for i in range(inputs.depth)] if has_momentum else []
         return tuple(state[name].to(inputs.precision) for name in names)
     starts = tuple(w.expand(batch, *w.shape) for w in inputs.weights)
-    zeros = tuple(torch.zeros_like(w) for w in starts)
-    offsets = zeros if inputs.options.decay_target == "init" else starts
-    return offsets + zeros if has_momentum else offsets
+    offsets = _zeros(starts) if inputs.options.decay_target == "init" else starts
+    # Zeros of its own: torch.compile cannot trace an autograd function that is given one tensor twice.
+    return offsets + _zeros(starts) if has_momentum else offsets
+
+
+def _zeros(like: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros_like(x) for x in like)
 
 
 def check_state(inputs: Inputs, state: State) -> None:

@@ -1,9 +1,13 @@
 """The benchmarks refuse what is wrong, and their rows say what they should."""
 
 import importlib.util
+import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,16 +15,18 @@ import typer
 from torch import Tensor
 
 from hf_memory.kernels import AnchoredOptions, Gates, anchored_mlp
-from hf_memory.kernels.benchmarks import registry, run, titans_pytorch
-from hf_memory.kernels.benchmarks.correctness import MODES, WrongResultError, check
+from hf_memory.kernels.benchmarks import first_call, floors, matmul, plot, registry, run, targets, titans_pytorch
+from hf_memory.kernels.benchmarks.correctness import CPU_MODES, WrongResultError, check, relative_error
 from hf_memory.kernels.benchmarks.inputs import Shape
+from hf_memory.kernels.benchmarks.peers import FLA_MOMENTUM_DELTA_RULE
 from hf_memory.kernels.benchmarks.registry import OPS, Op
-from hf_memory.kernels.benchmarks.rows import RESULTS, Row, read
-from hf_memory.kernels.benchmarks.timing import measure, peak_memory, quantile
+from hf_memory.kernels.benchmarks.rows import RESULTS, Row, append, read
+from hf_memory.kernels.benchmarks.timing import captured, measure, peak_memory, quantile
 
 
 CPU = torch.device("cpu")
 WIDTH = 8
+needs_fla = pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="fla-core is not installed")
 needs_titans_pytorch = pytest.mark.skipif(
     importlib.util.find_spec("titans_pytorch") is None, reason="titans-pytorch is not installed"
 )
@@ -39,7 +45,7 @@ def spoiled(op: Op, spoil: Callable[[Tensor], Tensor]) -> Op:
 @pytest.mark.parametrize("label", OPS)
 def test_every_op_passes_its_check(label: str):
     provider = OPS[label].providers(CPU, peers=True)[0]
-    for mode in MODES:
+    for mode in CPU_MODES:
         result = check(OPS[label], provider, WIDTH, torch.float32, mode, CPU)
         assert result.error <= result.allowed
 
@@ -77,10 +83,11 @@ def test_a_wrong_op_gets_no_row_and_fails_the_run(tmp_path: Path, monkeypatch, c
 
 def test_rows_have_every_field(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
-    run.main(op=["anchored_mlp/16", "softmax_attention"], quick=True, device="cpu", peers=True, output=file)
+    ops = ["anchored_mlp/16", "softmax_attention"]
+    run.main(op=ops, form=["chunk"], quick=True, device="cpu", peers=True, output=file)
     rows = read(file)
     assert [(row.op, row.mode) for row in rows] == [
-        (op, mode) for op in ("anchored_mlp", "softmax_attention") for mode in MODES
+        (op, mode) for op in ("anchored_mlp", "softmax_attention") for mode in CPU_MODES
     ]
     for row in rows:
         assert row.q20_ms <= row.median_ms <= row.q80_ms
@@ -122,6 +129,217 @@ def test_unknown_names_are_refused():
         run.main(op=["anchored"], device="cpu")
     with pytest.raises(typer.BadParameter, match="Unknown dtype 'fp8'"):
         run.main(dtype=["fp8"], device="cpu")
+    with pytest.raises(typer.BadParameter, match="Unknown form 'fast'"):
+        run.main(form=["fast"], device="cpu")
+    with pytest.raises(typer.BadParameter, match="CUDA graphs need a GPU"):
+        run.main(mode=["fwd", "fwd-graph"], device="cpu")
+
+
+def test_float32_has_a_limit_of_its_own():
+    op = replace(OPS["anchored_linear/16"], float32_error=1e-9)
+    with pytest.raises(WrongResultError, match="allowed 1.0e-09"):
+        check(op, op.providers(CPU)[0], WIDTH, torch.float32, "fwd", CPU)
+    assert all(OPS[f"anchored_linear/{grid}"].float32_error == 1e-5 for grid in (1, 16, 64))
+
+
+@needs_fla
+def test_fla_computes_the_momentum_rule_where_its_precision_lasts():
+    op = OPS["anchored_linear/1"]
+    inputs = op.make(Shape(2, 70, 2, WIDTH), torch.Generator().manual_seed(0))
+    inputs["log_momentum"] /= 50
+    out = FLA_MOMENTUM_DELTA_RULE.forward(inputs)
+    torch.testing.assert_close(out, op.truth(inputs), rtol=1e-3, atol=1e-4)
+    # The op itself takes half precision only.
+    low = {name: x.bfloat16() if name in ("q", "k", "v") else x for name, x in inputs.items()}
+    assert 1e-4 < relative_error(FLA_MOMENTUM_DELTA_RULE.forward(low), out.double()) < 0.1
+
+
+@needs_fla
+def test_what_a_peer_is_off_by_is_a_result(tmp_path: Path, capsys):
+    file = tmp_path / "rows.jsonl"
+    arguments = {"op": ["anchored_linear/1"], "form": ["chunk"], "peers": True, "quick": True, "device": "cpu"}
+    run.main(**arguments, mode=["fwd", "decode"], output=file)
+    ours, peer, _, decoded = read(file)
+    assert ours.error <= ours.allowed <= 1e-5 and decoded.error <= decoded.allowed
+    assert peer.provider == "fla" and peer.error > 1e-2
+    assert [line.endswith("inexact") for line in capsys.readouterr().out.splitlines()[2:4]] == [False, True]
+
+
+def test_an_op_that_raises_fails_the_run_and_leaves_the_other_rows(tmp_path: Path, monkeypatch, capsys):
+    def fails(inputs, state, final):
+        raise ValueError("no such tile")
+
+    monkeypatch.setitem(registry.OPS, "anchored_linear/1", replace(OPS["anchored_linear/1"], run=fails))
+    file = tmp_path / "rows.jsonl"
+    with pytest.raises(typer.Exit):
+        run.main(op=["anchored_linear/1", "anchored_linear/16"], mode=["fwd"], quick=True, device="cpu", output=file)
+    assert (
+        "skipped: anchored_linear/1 by hf_memory chunk, 1x160x2x16, fwd: ValueError: no such"
+        in capsys.readouterr().out
+    )
+    assert [row.grid for row in read(file)] == [16]
+
+
+def test_compiled_chunk_form_is_one_graph(monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    op = OPS["anchored_linear_norm/16"]
+    provider = next(p for p in op.providers(CPU, peers=True) if p.form == "compiled")
+    assert "compiled" not in [p.form for p in op.providers(CPU)]
+    inputs = op.make(Shape(1, 32, 1, WIDTH), torch.Generator().manual_seed(0))
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    out = provider.forward(leaves)
+    torch.testing.assert_close(out, op.truth(inputs), rtol=1e-4, atol=1e-5)
+    torch.autograd.grad(out.sum(), list(leaves.values()))
+
+
+def test_a_graph_is_captured_from_a_call_that_was_not_warmed_up_with(monkeypatch):
+    # What Python does around a capture; the capture itself needs a GPU.
+    cuda = MagicMock()
+    for name in ("Stream", "current_stream", "stream", "CUDAGraph", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    calls: list[list[int]] = []
+
+    def make() -> Callable[[], Tensor]:
+        calls.append([])
+        mine = calls[-1]
+        return lambda: mine.append(0) or torch.tensor(float(len(calls)))
+
+    replay = captured(make, torch.device("cuda"))
+    assert [len(made) for made in calls] == [3, 1]
+    assert replay() == 2.0 and [len(made) for made in calls] == [3, 1]
+    cuda.CUDAGraph.return_value.replay.assert_called_once_with()
+    cuda.graph.assert_called_once_with(cuda.CUDAGraph.return_value)
+
+
+def test_shapes_fit_the_op_and_the_mode():
+    cuda, deep, linear = torch.device("cuda"), OPS["anchored_mlp/64"], OPS["anchored_linear/64"]
+    assert {shape.width for mode in run.MODES for shape in run.default_shapes(deep, mode, cuda)} == {64}
+    assert list(map(str, run.default_shapes(linear, "decode", cuda))) == ["1x2048x16x128", "64x2048x16x128"]
+    assert list(map(str, run.default_shapes(linear, "fwd-graph", cuda))) == ["8x1024x8x64"]
+    assert len(run.default_shapes(linear, "fwd+bwd", cuda)) == 5
+
+
+def test_first_call_starts_from_empty_caches(monkeypatch):
+    job = run.Job(OPS["anchored_linear/16"], registry.OPS["anchored_linear/16"].providers(CPU)[0],
+                  Shape(1, 66, 1, WIDTH), "float32", "first-call", CPU)  # fmt: skip
+    found = first_call._first_call(job)
+    assert found["milliseconds"] > 0 and found["peak_mib"] > 0
+    seen = {}
+
+    def fake(command, env, **options):
+        seen.update(env)
+        seen["module"], seen["job"] = command[2], command[-1]
+        return subprocess.CompletedProcess(command, 0, '{"milliseconds": 7.0, "peak_mib": 1.0}', "")
+
+    monkeypatch.setattr(first_call.subprocess, "run", fake)
+    assert first_call.measure_first_call(job).median_ms == 7.0
+    assert not any(Path(seen[name]).exists() for name in first_call.CACHES)
+    again = first_call._job(json.loads(seen["job"]))
+    assert seen["module"] == first_call.__name__
+    assert (again.op, again.shape, again.provider.form) == (job.op, job.shape, "chunk")
+    failed = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no kernel")
+    monkeypatch.setattr(first_call.subprocess, "run", lambda *args, **options: failed)
+    with pytest.raises(first_call.FirstCallError, match="no kernel"):
+        first_call.measure_first_call(job)
+
+
+def test_matmul_gets_a_row(tmp_path: Path):
+    matmul.main(size=64, dtype="float32", device="cpu", seconds=0.0, output=tmp_path / "rows.jsonl")
+    (row,) = read(tmp_path / "rows.jsonl")
+    assert row.error <= row.allowed and matmul.rate(row) == pytest.approx(2 * 64**3 / (1e-3 * row.median_ms))
+
+
+def test_floors_are_what_the_pages_say():
+    for label, shape, kib in (
+        ("anchored_linear/64", (64, 2048, 16, 128), 164),
+        ("anchored_mlp/16", (1, 1, 1, 64), 308),
+    ):
+        op = OPS[label]
+        counted = floors.cost(op.name, shape, op.grid, "bfloat16", "decode")
+        assert counted.bytes == shape[0] * shape[2] * kib * 1024
+    deep = floors.cost("anchored_mlp", (1, 1, 1, 64), 16, "bfloat16", "fwd")
+    assert deep.operations == (88 + 16) * 64**2 + 20 * 16 * 64
+    linear = floors.cost("anchored_linear", (1, 8192, 16, 128), 1, "bfloat16", "fwd")
+    assert linear.bytes == 8192 * 16 * (4 * 128 * 2 + 3 * 4) and linear.links == 2 * 8192 / 64
+    h200 = floors.gpu_of("NVIDIA H200")
+    floor = floors.floor(linear, h200, "bfloat16")
+    assert floor.memory_ms == pytest.approx(0.0283, rel=0.01) and floor.bound == "chain"
+    assert floors.gpu_of("AMD EPYC, 2 cores") is None
+
+
+def test_every_op_has_a_floor():
+    for op in OPS.values():
+        for mode in CPU_MODES:
+            counted = floors.cost(op.name, (1, 256, 2, 64), op.grid, "bfloat16", mode)
+            assert counted is not None and counted.bytes > 0
+        assert floors.cost(op.name, (1, 256, 2, 64), op.grid, "bfloat16", "first-call") is None
+
+
+def made_up(op: str, shape: str, ms: float, provider: str = "hf_memory", form: str = "triton", **changes) -> Row:
+    fixed = {"dtype": "bfloat16", "mode": "fwd", "grid": 64, "options": "", "error": 1e-3, "allowed": 2e-2}
+    times = {"median_ms": ms, "q20_ms": ms, "q80_ms": ms, "runs": 5, "first_call_ms": ms, "peak_mib": 1.0}
+    where = {"device": "NVIDIA H200", "run": "now"}
+    return Row(op=op, shape=shape, provider=provider, form=form, **fixed | times | where | changes)
+
+
+def test_targets_compare_rows_of_one_run_and_device():
+    fla = partial(made_up, "gated_delta_rule", targets.LONG, provider="fla", form="chunk", grid=1)
+    ours = made_up("anchored_linear", targets.LONG, 0.88)
+
+    def first_line(rows: list[Row]) -> list[str]:
+        return targets.table(rows).splitlines()[2].split()
+
+    assert first_line([fla(1.0), ours])[-3:] == ["0.88", "x", "yes"]
+    assert first_line([fla(1.0), fla(0.5), ours])[-3:] == ["1.76", "x", "no"]
+    for other in ({"run": "earlier"}, {"device": "NVIDIA H100 80GB HBM3"}):
+        assert first_line([fla(1.0, **other), ours])[-2:] == ["-", "open"]
+    with pytest.raises(ValueError, match="no rows"):
+        targets.table([])
+
+
+def test_each_target_is_measured_by_the_rows_that_it_needs():
+    wanted = [
+        made_up("anchored_mlp", "16x2048x16x64", 5.0, mode="fwd+bwd"),
+        made_up("anchored_mlp", "16x2048x16x64", 20.0, form="compiled", mode="fwd+bwd"),
+        made_up("matmul", "1x8192x1x8192", 1.4, provider="torch", form="matmul", grid=None),
+        made_up("anchored_linear", "64x2048x16x128", 0.09, mode="decode"),
+        made_up("anchored_linear", "64x2048x16x128", 0.045, mode="decode-graph"),
+        made_up("anchored_mlp", "4x2048x16x64", 12e3, mode="first-call"),
+        made_up("anchored_linear", "1x2048x16x128", 1.0, dtype="float32", mode="fwd+bwd", grid=1, error=6e-7),
+    ]
+    lines = [target.line(targets.Rows(wanted)) for target in targets.TARGETS]
+    measured = {line[0]: (line[2], line[3]) for line in lines if line[3] != "open"}
+    assert measured == {
+        "linear, grid 1, float32, error": ("6e-07", "yes"),
+        "deep, chunk 64, 16x2048x16x64, fwd+bwd, of the matmul rate": ("20.3 %", "yes"),
+        "deep, chunk 64, 16x2048x16x64, compiled chunk form / ours": ("4 x", "yes"),
+        "decode, linear, grid 64, 64x2048x16x128, of the byte floor": ("79.6 %", "yes"),
+        "first call, cold caches, anchored_mlp": ("12 s", "no"),
+    }
+
+
+def test_plot_has_a_line_for_each_provider_and_the_floor(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        made_up(op, f"1x{time}x16x128", time / 1e4, provider, form, grid=grid)
+        for op, provider, form, grid in (
+            ("anchored_linear", "hf_memory", "triton", 64),
+            ("anchored_linear", "hf_memory", "chunk", 64),
+            ("gated_delta_rule", "fla", "chunk", 1),
+        )
+        for time in (2048, 8192)
+    ]
+    (axes,) = plot.draw(rows).axes
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"hf_memory, triton", "hf_memory, chunk", "fla, chunk (gated_delta_rule/1)", "floor"}
+    assert list(lines["hf_memory, triton"].get_xdata()) == [2048, 8192]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    for row in rows:
+        append(row, tmp_path / "rows.jsonl")
+    plot.main(tmp_path / "rows.jsonl")
+    assert (tmp_path / "rows.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="two lengths"):
+        plot.draw(rows[:1])
 
 
 @needs_titans_pytorch

@@ -12,6 +12,9 @@ import torch
 import typer
 from rich.progress import Progress
 
+from hf_memory.kernels.benchmarks import run as benchmark
+from hf_memory.kernels.benchmarks.inputs import Shape
+
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -31,6 +34,13 @@ def example(monkeypatch: pytest.MonkeyPatch):
     torch.set_num_threads(before)
     for path in EXAMPLES.glob("*.py"):
         sys.modules.pop(path.stem, None)
+
+
+def click_command(main):
+    """The command line that `typer.run` makes of a function."""
+    app = typer.Typer()
+    app.command()(main)
+    return typer.main.get_command(app)
 
 
 def test_readme_shows_how_to_run_every_script():
@@ -170,10 +180,58 @@ def test_one_failing_step_of_a_session_leaves_the_others(example, tmp_path: Path
     assert "trained" in (tmp_path / "session.log").read_text()
 
 
+def test_session_asks_for_what_there_is(example, tmp_path: Path):
+    session = example("gpu_session")
+    todo = session.steps("cuda", False, tmp_path / "rows.jsonl", tmp_path)
+    assert [step.name for step in todo][:2] == ["warm-up", "linear"]
+    commands = {"model_speed.py": example("model_speed").main, "train_comparison.py": example("train_comparison").main}
+    for step in todo:
+        program, *arguments = step.command[1:]
+        if program == "-m":
+            module = importlib.import_module(arguments.pop(0))
+            main = module.main
+        else:
+            main = commands[Path(program).name]
+        arguments = ["1.5" if argument == session.MINUTES else argument for argument in arguments]
+        parsed = click_command(main).make_context(step.name, arguments).params
+        if program == "-m" and parsed.get("op"):
+            assert benchmark.select(parsed["op"])
+            assert all(map(Shape.parse, parsed["shape"] or ()))
+            assert not set(parsed.get("mode") or ()) - set(benchmark.MODES)
+            assert not set(parsed["form"] or ()) - set(benchmark.OWN_FORMS)
+
+
+def test_model_speed_halves_a_batch_that_does_not_fit(example, tmp_path: Path, monkeypatch, capsys):
+    speed = example("model_speed")
+    train = speed.TIMERS["train"]
+
+    def no_room(config, batch, setting):
+        if batch > 1:
+            raise torch.OutOfMemoryError("too large")
+        return train(config, batch, setting)
+
+    monkeypatch.setitem(speed.TIMERS, "train", no_room)
+    file = tmp_path / "rows.jsonl"
+    speed.main(models="titans-depth-1,llama", quick=True, device="cpu", output=file)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["mode"], row["form"]) for row in rows] == [
+        (mode, model) for mode in speed.MODES for model in ("titans-depth-1", "llama")
+    ]
+    assert {row["shape"] for row in rows if row["mode"] == "train"} == {"1x64x2x16"}
+    assert all(row["peak_mib"] > 0 and "parameters" in row["options"] for row in rows)
+    assert "tokens/s" in capsys.readouterr().out
+    with pytest.raises(typer.BadParameter, match="Unknown gpt"):
+        speed.main(models="gpt", device="cpu")
+
+
 @pytest.mark.slow
 def test_session_fills_its_folder(example, tmp_path: Path):
     example("gpu_session").main(output=tmp_path, device="cpu", quick=True, minutes=10)
     summary = json.loads((tmp_path / "session.json").read_text())
     assert all(step["status"] == 0 for step in summary["steps"])
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"cpu.jsonl", "session.json", "session.log", "training.json", "training.png"}
+    written = {"session.json", "session.log", "targets.txt", "training.json", "training.png"}
+    assert names == written | {"cpu.jsonl", "cpu.png"}
+    rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
+    assert {row["op"] for row in rows} == {"anchored_mlp", "matmul", "model"}
+    assert {row["run"] for row in rows} == {summary["run"]}

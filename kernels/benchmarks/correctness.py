@@ -4,7 +4,8 @@ The standard is the op's reference form in float64 on the CPU. What an op may er
 itself loses when it gets the operands in the precision of the row.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,13 @@ from torch import Tensor
 from .inputs import Shape, Tensors, cast
 from .peers import Provider
 from .registry import Op
+from .timing import captured
 
 
-MODES = ("fwd", "fwd+bwd", "decode")
+MODES = ("fwd", "fwd+bwd", "decode", "fwd-graph", "decode-graph", "first-call")
+"""What a row measures: calls from Python, the same replayed from a CUDA graph, or what a fresh process waits for."""
+
+CPU_MODES = MODES[:3]
 
 # One token more than two of the widest tiles; two rows and two heads tell their mix-ups apart.
 BATCH, TIME, HEADS = 2, 135, 2
@@ -27,16 +32,24 @@ MULTIPLE = 4
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
-class WrongResultError(RuntimeError):
-    """An op differs from its definition, so its speed means nothing."""
-
-
 class Check(NamedTuple):
     """Worst tensor of a check: its relative RMS error, and what was allowed."""
 
     tensor: str
     error: float
     allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.allowed
+
+
+class WrongResultError(RuntimeError):
+    """An op differs from its definition, so its speed means nothing; `worst` is the tensor that differs most."""
+
+    def __init__(self, message: str, worst: Check) -> None:
+        super().__init__(message)
+        self.worst = worst
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
@@ -70,6 +83,7 @@ def _standard(op: Op, width: int, dtype: torch.dtype, gradients: bool) -> tuple[
     return inputs, truth, {name: relative_error(x, truth[name]) for name, x in own.items()}
 
 
+@lru_cache(maxsize=64)
 def check(op: Op, provider: Provider, width: int, dtype: torch.dtype, mode: str, device: torch.device) -> Check:
     """Compare a provider with the float64 reference.
 
@@ -78,7 +92,8 @@ def check(op: Op, provider: Provider, width: int, dtype: torch.dtype, mode: str,
         provider: who computes it.
         width: width of queries, keys and values.
         dtype: precision of the operands.
-        mode: `"fwd"`, `"fwd+bwd"` (gradients too) or `"decode"` (token by token after a prompt).
+        mode: one of `MODES`: outputs, for `"fwd+bwd"` and `"first-call"` gradients too, for `"decode"` outputs token
+            by token behind a prompt; from the replay of a CUDA graph where the mode says so.
         device: where it computes it.
 
     Returns:
@@ -87,22 +102,39 @@ def check(op: Op, provider: Provider, width: int, dtype: torch.dtype, mode: str,
     Raises:
         WrongResultError: naming the tensors that are beyond it.
     """
-    inputs, truth, own = _standard(op, width, dtype, mode == "fwd+bwd")
+    gradients = mode in ("fwd+bwd", "first-call")
+    inputs, truth, own = _standard(op, width, dtype, gradients)
     operands = {name: x.to(device) for name, x in inputs.items() if name != "cotangent"}
-    if mode == "decode":
-        with torch.no_grad():
-            step = provider.decode(operands, DECODE_FROM)
-            results = {"out": torch.cat([step(token) for token in range(DECODE_FROM, TIME)], dim=1)}
-        truth = {"out": truth["out"][:, DECODE_FROM:]}
+    if gradients:
+        results = outputs_and_gradients(provider.forward, operands, inputs["cotangent"].to(device))
     else:
-        cotangent = inputs["cotangent"].to(device) if mode == "fwd+bwd" else None
-        results = outputs_and_gradients(provider.forward, operands, cotangent)
+        decodes = mode.startswith("decode")
+        make = partial(_decode if decodes else _forward, provider, operands)
+        with torch.no_grad():
+            call = captured(make, device) if mode.endswith("-graph") else make()
+            results = {"out": call()}
+        truth = {"out": truth["out"][:, DECODE_FROM:] if decodes else truth["out"]}
     checks = [
-        Check(name, relative_error(x, truth[name]), max(MULTIPLE * own[name], FLOOR[dtype]))
-        for name, x in results.items()
+        Check(name, relative_error(x, truth[name]), _allowed(op, own[name], dtype)) for name, x in results.items()
     ]
-    wrong = [c for c in checks if not c.error <= c.allowed]
-    if wrong:
-        listing = ", ".join(f"{c.tensor} is off by {c.error:.1e} (allowed {c.allowed:.1e})" for c in wrong)
-        raise WrongResultError(f"{op.label} by {provider.name} ({provider.form}, {dtype}, {mode}): {listing}.")
-    return max(checks, key=lambda c: c.error / c.allowed)
+    worst = max(checks, key=lambda c: c.error / c.allowed)
+    if not worst.passed:
+        listing = ", ".join(
+            f"{c.tensor} is off by {c.error:.1e} (allowed {c.allowed:.1e})" for c in checks if not c.passed
+        )
+        raise WrongResultError(f"{op.label} by {provider.name} ({provider.form}, {dtype}, {mode}): {listing}.", worst)
+    return worst
+
+
+def _allowed(op: Op, own: float, dtype: torch.dtype) -> float:
+    allowed = max(MULTIPLE * own, FLOOR[dtype])
+    return min(allowed, op.float32_error) if dtype == torch.float32 else allowed
+
+
+def _forward(provider: Provider, operands: Tensors) -> Callable[[], Tensor]:
+    return lambda: provider.forward(operands)
+
+
+def _decode(provider: Provider, operands: Tensors) -> Callable[[], Tensor]:
+    step = provider.decode(operands, DECODE_FROM)
+    return lambda: torch.cat([step(token) for token in range(DECODE_FROM, TIME)], dim=1)

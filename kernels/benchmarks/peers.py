@@ -21,22 +21,28 @@ class Provider:
         package: distribution whose version goes into the rows.
         forward: operands -> outputs `[B, T, H, D]`.
         decode: `(operands, start)` -> a function that returns the outputs `[B, 1, H, D]` of one token when called with
-            `start`, `start + 1` and so on.
+            `start`, `start + 1` and so on; `None` where there is none.
         module: import name of an optional package.
         devices: device types it runs on.
+        same_function: whether it computes the op; otherwise it is timed beside it and not checked.
     """
 
     name: str
     form: str
     package: str
     forward: Callable[[Tensors], Tensor]
-    decode: Callable[[Tensors, int], Callable[[int], Tensor]]
+    decode: Callable[[Tensors, int], Callable[[int], Tensor]] | None
     module: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    same_function: bool = True
 
     @property
     def is_installed(self) -> bool:
         return self.module is None or importlib.util.find_spec(self.module) is not None
+
+    def offers(self, mode: str) -> bool:
+        """Whether a mode of the rows can be measured."""
+        return self.decode is not None or not mode.startswith("decode")
 
 
 def softmax_attention(inputs: Tensors) -> Tensor:
@@ -89,6 +95,81 @@ def _fla_gated_delta_rule_decode(inputs: Tensors, start: int) -> Callable[[int],
     return step
 
 
+def _momentum_operands(inputs: Tensors) -> dict[str, Tensor | float]:
+    start = inputs["weight_0"].expand(inputs["q"].shape[0], -1, -1, -1)
+    gates = {
+        "log_alpha": inputs["log_decay"].squeeze(-1),
+        "log_mu": inputs["log_momentum"].squeeze(-1),
+        "eta": inputs["step"].squeeze(-1),
+    }
+    return {
+        **{name: inputs[name] for name in ("q", "k", "v")},
+        **gates,
+        "scale": 1.0,
+        "initial_state": torch.stack([start, torch.zeros_like(start)]),
+    }
+
+
+# What the models around these ops do with keys, and the rule of this package does not.
+_AS_IS = {"use_qk_l2norm_in_kernel": False, "use_p_times_alpha": False}
+
+
+def _fla_momentum_delta_rule(inputs: Tensors) -> Tensor:
+    from fla.ops.momentum_delta_rule import chunk_momentum_delta_rule, chunk_momentum_delta_rule_ref
+
+    operands = _momentum_operands(inputs)
+    if inputs["q"].dtype != torch.float32:
+        return chunk_momentum_delta_rule(**operands, **_AS_IS)[0]
+    # The op refuses float32; this is what it runs.
+    memory, momentum = operands.pop("initial_state")
+    operands |= {"p": operands["k"], "beta": torch.ones_like(operands["eta"])}
+    return chunk_momentum_delta_rule_ref(**operands, initial_S=memory, initial_M=momentum)[0]
+
+
+def _fla_momentum_delta_rule_decode(inputs: Tensors, start: int) -> Callable[[int], Tensor]:
+    from fla.ops.momentum_delta_rule import fused_recurrent_momentum_delta_rule
+
+    def run(first: int, end: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        operands = _momentum_operands(window(inputs, first, end))
+        if state is not None:
+            operands["initial_state"] = state
+        return fused_recurrent_momentum_delta_rule(**operands, **_AS_IS, output_final_state=True)
+
+    _, state = run(0, start, None)
+
+    def step(token: int) -> Tensor:
+        nonlocal state
+        out, state = run(token, token + 1, state)
+        return out
+
+    return step
+
+
+def fla_ttt_linear(chunk_size: int) -> Provider:
+    """TTT-Linear of flash-linear-attention: its residual enters before the norm, and it has a fast bias, no momentum
+    and no decay."""
+
+    def forward(inputs: Tensors) -> Tensor:
+        from fla.ops.ttt import chunk_ttt_linear
+
+        start = inputs["weight_0"].expand(inputs["q"].shape[0], -1, -1, -1).contiguous()
+        norm = (inputs[name].to(inputs["v"].dtype) for name in ("norm_weight", "norm_bias"))
+        step = inputs["step"].to(inputs["v"].dtype)
+        operands = (inputs["q"], inputs["k"], inputs["v"], *norm, step)
+        return chunk_ttt_linear(*operands, scale=1.0, chunk_size=chunk_size, initial_state=start)[0]
+
+    return Provider(
+        "fla",
+        "ttt linear",
+        "fla-core",
+        forward,
+        None,
+        module="fla",
+        devices=("cuda",),
+        same_function=False,
+    )
+
+
 SDPA = Provider("torch", "sdpa", "torch", _sdpa, _sdpa_decode)
 FLA_GATED_DELTA_RULE = Provider(
     "fla",
@@ -98,4 +179,12 @@ FLA_GATED_DELTA_RULE = Provider(
     _fla_gated_delta_rule_decode,
     module="fla",
     devices=("cuda",),
+)
+FLA_MOMENTUM_DELTA_RULE = Provider(
+    "fla",
+    "plain PyTorch",
+    "fla-core",
+    _fla_momentum_delta_rule,
+    _fla_momentum_delta_rule_decode,
+    module="fla",
 )

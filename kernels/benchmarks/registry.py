@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -20,8 +20,24 @@ from .inputs import (
     weights_of,
     window,
 )
-from .peers import FLA_GATED_DELTA_RULE, SDPA, Provider, softmax_attention
+from .peers import (
+    FLA_GATED_DELTA_RULE,
+    FLA_MOMENTUM_DELTA_RULE,
+    SDPA,
+    Provider,
+    fla_ttt_linear,
+    softmax_attention,
+)
 
+
+OWN = "hf_memory"
+"""Name of this package among the providers."""
+
+COMPILED = "compiled"
+"""Its chunk form under `torch.compile`, a form of its own in the rows."""
+
+# The decoded token is the only one who knows the state of a row.
+_OVERWRITE = {"overwrite_state": True} if hasattr(AnchoredOptions, "overwrite_state") else {}
 
 Run = Callable[[Tensors, State | None, bool], tuple[Tensor, State | None]]
 """`(operands, initial state, whether to return the final one)` -> outputs and final state."""
@@ -37,6 +53,8 @@ class Op:
         truth: the function, in the dtype of its operands; with all of them in float64, the standard of the gate.
         run: the op of this package that computes it, if there is one.
         grid: chunk size of the inner gradients, where there are some.
+        widths: widths it is measured at unless shapes are named; decode at the largest.
+        float32_error: what its error in float32 may not exceed, whatever the reference loses.
         options: what else defines the function, for the rows.
         peers: how other libraries compute the same function.
     """
@@ -46,6 +64,8 @@ class Op:
     truth: Callable[[Tensors], Tensor]
     run: Run | None = None
     grid: int | None = None
+    widths: tuple[int, ...] = (64, 128)
+    float32_error: float = float("inf")
     options: str = ""
     peers: tuple[Provider, ...] = ()
 
@@ -59,6 +79,8 @@ class Op:
         own = [] if self.run is None else [_own(self.run, form) for form in forms(device) if form != "reference"]
         if own and not peers:
             return own
+        if own:
+            own.append(_compiled(self.run))
         return own + [peer for peer in self.peers if device.type in peer.devices and peer.is_installed]
 
 
@@ -79,7 +101,20 @@ def _own(run: Run, form: str) -> Provider:
 
         return step
 
-    return Provider("hf_memory", form, "hf-memory", forward, decode)
+    return Provider(OWN, form, "hf-memory", forward, decode)
+
+
+def _compiled(run: Run) -> Provider:
+    @cache
+    def compiled() -> Run:
+        # Not `dynamic`: a row has one length. A break of the graph is an error: what is behind it would be timed as if
+        # it were compiled.
+        return torch.compile(lambda *operands: run(*operands), fullgraph=True, dynamic=False)
+
+    def call(inputs: Tensors, state: State | None, final: bool) -> tuple[Tensor, State | None]:
+        return compiled()(inputs, state, final)
+
+    return replace(_own(call, "chunk"), form=COMPILED)
 
 
 def _truth(run: Run) -> Callable[[Tensors], Tensor]:
@@ -92,11 +127,13 @@ def _truth(run: Run) -> Callable[[Tensors], Tensor]:
 
 def _linear(inputs: Tensors, state: State | None, final: bool, options: AnchoredOptions) -> tuple:
     operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), *weights_of(inputs), norm_of(inputs))
+    options = replace(options, **_OVERWRITE) if state else options
     return anchored_linear(*operands, state, final, options=options)
 
 
 def _mlp(inputs: Tensors, state: State | None, final: bool, options: AnchoredOptions) -> tuple:
     operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), weights_of(inputs), norm_of(inputs))
+    options = replace(options, **_OVERWRITE) if state else options
     return anchored_mlp(*operands, state, final, options=options)
 
 
@@ -124,7 +161,10 @@ def _anchored(grid: int) -> list[Op]:
             partial(_linear, options=zero),
             memory_inputs,
             grid=grid,
+            # fla's chunk form of the online rule loses everything in float32.
+            float32_error=1e-5,
             options="plain, momentum, decay to zero",
+            peers=(FLA_MOMENTUM_DELTA_RULE,) if grid == 1 else (),
         ),
         _op(
             "anchored_linear_norm",
@@ -132,12 +172,14 @@ def _anchored(grid: int) -> list[Op]:
             partial(memory_inputs, norm=True),
             grid=grid,
             options="LayerNorm + residual, momentum, decay to init",
+            peers=(fla_ttt_linear(grid),),
         ),
         _op(
             "anchored_mlp",
             partial(_mlp, options=init),
             partial(memory_inputs, depth=2, norm=True),
             grid=grid,
+            widths=(64,),
             options="depth 2, expansion 4, momentum, decay to init",
         ),
     ]

@@ -16,6 +16,16 @@ from .timing import Timing
 
 
 RESULTS = Path(__file__).parent / "results"
+RUN = "HF_MEMORY_BENCHMARK_RUN"
+"""Environment variable with the name of a run, for one that consists of several processes."""
+
+
+def now() -> str:
+    """UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+_STARTED = now()
 
 
 @dataclass(frozen=True)
@@ -23,20 +33,22 @@ class Row:
     """One measurement. Times in milliseconds (per token in decode), memory in MiB.
 
     Attributes:
-        op: name of the function.
+        op: name of the function; `"model"` for a whole model.
         provider: whose code.
         form: which of its forms.
         shape: `BATCHxTIMExHEADSxWIDTH`; in decode, time is the length of the context.
         dtype: of queries, keys and values.
-        mode: `"fwd"`, `"fwd+bwd"` or `"decode"`.
+        mode: see `correctness.MODES`; of a model `"train"`, `"prefill"` or `"decode"`.
         grid: chunk size of the inner gradients, if there are some.
         options: what else defines the function.
         median_ms, q20_ms, q80_ms: median and the 20 % and 80 % quantiles.
         runs: how many were made.
-        first_call_ms: the first call in the process, compilation included.
-        peak_mib: memory needed beyond the operands.
-        error: relative RMS error of the worst tensor in the correctness check; `None` for a peer that computes another
-            function.
+        first_call_ms: the first call with this shape, behind the check. In the mode `"first-call"` in a fresh process
+            with empty caches: forward, backward and one decoded token, everything compiled.
+        peak_mib: memory needed beyond the operands; of a model everything, weights and optimizer too. `None` for
+            compiled code on a CPU, where it cannot be counted.
+        error: relative RMS error of the worst tensor in the correctness check; `None` for a model, and for a peer that
+            computes another function.
         allowed: what it was allowed to be.
         device: name of the card or processor.
         threads: CPU threads.
@@ -44,6 +56,8 @@ class Row:
             threads measures the neighbours, too.
         versions: python, torch, triton and the provider's package.
         time: when, UTC.
+        run: what was measured together: the variable `RUN`, else the start of the process. Only rows of one run and
+            device are compared.
     """
 
     op: str
@@ -59,7 +73,7 @@ class Row:
     q80_ms: float
     runs: int
     first_call_ms: float
-    peak_mib: float
+    peak_mib: float | None
     error: float | None
     allowed: float | None
     device: str
@@ -68,7 +82,8 @@ class Row:
         default_factory=lambda: round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     )
     versions: dict[str, str] = field(default_factory=dict)
-    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    time: str = field(default_factory=now)
+    run: str = field(default_factory=lambda: os.environ.get(RUN, _STARTED))
 
     @classmethod
     def from_json(cls, line: str) -> "Row":
@@ -78,6 +93,8 @@ class Row:
             ValueError: if a field is missing or unknown.
         """
         values = json.loads(line)
+        # The first rows did not name their run; each file held one.
+        values.setdefault("run", "")
         names = {f.name for f in fields(cls)}
         if set(values) != names:
             raise ValueError(f"Fields of a row: missing {names - set(values)}, unknown {set(values) - names}.")

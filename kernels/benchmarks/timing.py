@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -26,7 +27,7 @@ class Timing(NamedTuple):
     q80_ms: float
     runs: int
     first_call_ms: float
-    peak_mib: float
+    peak_mib: float | None
 
 
 def quantile(times: list[float], q: float) -> float:
@@ -45,6 +46,8 @@ def time_once(call: Callable[[], object], device: torch.device) -> float:
         call()
         return 1e3 * (time.perf_counter() - start)
     torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
+    # Behind a flush that still runs, Python could launch kernels for free.
+    torch.cuda.synchronize(device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -94,6 +97,32 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
+def captured(make: Callable[[], Callable[[], Tensor | None]], device: torch.device) -> Callable[[], Tensor | None]:
+    """A call replayed from a CUDA graph; what it returns is overwritten by the next replay.
+
+    Args:
+        make: gives the call to capture; called twice, since warming up may use up what a call works on.
+        device: a CUDA device.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        warm_up = make()
+        for _ in range(3):
+            warm_up()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    call = make()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+
+    def replay() -> Tensor | None:
+        graph.replay()
+        return out
+
+    return replay
+
+
 def measure(
     call: Callable[[], object],
     device: torch.device,
@@ -102,6 +131,7 @@ def measure(
     max_runs: int = 200,
     per: int = 1,
     inference: bool = False,
+    memory: bool = True,
 ) -> Timing:
     """Time a call until `seconds` are over.
 
@@ -113,6 +143,7 @@ def measure(
         max_runs: runs that are enough.
         per: how many units (tokens) one call makes; times are per unit.
         inference: run under `torch.no_grad`.
+        memory: whether to count the peak. On the CPU that takes a dispatch mode, beside which nothing is compiled.
     """
     context: AbstractContextManager = torch.no_grad() if inference else nullcontext()
     with context:
@@ -123,7 +154,7 @@ def measure(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         first = 1e3 * (time.perf_counter() - start)
-        peak = peak_memory(call, device)
+        peak = peak_memory(call, device) if memory else None
         times: list[float] = []
         start = time.perf_counter()
         while len(times) < min_runs or (time.perf_counter() - start < seconds and len(times) < max_runs):
