@@ -12,7 +12,7 @@ from torch import Tensor
 from ..grid import RowGrid
 from ..scan import Tensors, scan
 from ..types import State
-from .types import SlotInputs, SlotOptions, carried, lengths, make_state, normalise
+from .types import EPS, SlotInputs, SlotOptions, carried, lengths, make_state, normalise
 
 
 class Coefficients(NamedTuple):
@@ -96,10 +96,7 @@ class Running(NamedTuple):
         """`‖s_t‖`, `[B, H, M, n]`."""
         by_slots, by_start, by_h = products
         square = self.kept * by_slots + self.pulled * by_start + (self.written * by_h).sum(-1)
-        return square.clamp(min=EPS_SQUARE).sqrt()
-
-
-EPS_SQUARE = 1e-12
+        return square.clamp(min=EPS**2).sqrt()
 
 
 def decays(keep: Tensor) -> Tensor:
@@ -114,7 +111,10 @@ def decays(keep: Tensor) -> Tensor:
 
 
 def decays_vjp(decay: Tensor, kept: Tensor, cot_decay: Tensor, cot_kept: Tensor) -> Tensor:
-    """Gradient of `decays` and of `kept = keep.cumprod(-1)` for `keep`: `decay[t, s] = decay[t, j] keep_j decay[j-1, s]`."""
+    """Gradient of `decays` and of `kept = keep.cumprod(-1)` for `keep`.
+
+    No division by a factor, which may be zero: `decay[t, s] = decay[t, j] keep_j decay[j-1, s]` for s < j <= t.
+    """
     before = torch.cat([kept.unsqueeze(-1), decay], -1)
     first = torch.zeros_like(before[..., :1, :])
     first[..., 0] = 1
@@ -127,9 +127,9 @@ def decays_vjp(decay: Tensor, kept: Tensor, cot_decay: Tensor, cot_kept: Tensor)
 class SlotRule:
     """`kernels.scan.Rule` whose tile is one chunk.
 
-    tile: `q, k, v [B, H, n, .]`, `step [B, H, n, 1 or M]`, `decay` factor `[B, H, n, 1]` or `None`, and whether the
-    chunk is complete, `[B, 1, 1, 1]` of zeros and ones, `None` when it is. shared: nothing. state: slots at the chunk's
-    start and running slots.
+    tile: `q, k, v [B, H, n, .]`, `step [B, H, n, 1 or M]`, `decay` factor `[B, H, n, 1]` or `None`, and which rows
+    complete the chunk, `[B, 1, 1, 1]` of zeros and ones, `None` when all do. shared: nothing. state: slots at the
+    chunk's start, and running slots.
     """
 
     options: SlotOptions

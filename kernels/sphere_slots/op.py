@@ -68,7 +68,8 @@ def sphere_slots(
         >>> q, k = torch.nn.functional.normalize(torch.randn(2, 2, 100, 4, 16), dim=-1)
         >>> v, start = torch.randn(2, 100, 4, 64), torch.randn(4, 16, 64)
         >>> gates = Gates(step=torch.rand(2, 100, 4, 1))
-        >>> out, state = sphere_slots(q, k, v, gates, start, output_final_state=True, options=SlotOptions(chunk_size=1))
+        >>> online = SlotOptions(chunk_size=1)
+        >>> out, state = sphere_slots(q, k, v, gates, start, output_final_state=True, options=online)
         >>> out.shape, state["slots"].shape
         (torch.Size([2, 100, 4, 64]), torch.Size([2, 4, 16, 64]))
         >>> torch.allclose(state["slots"].norm(dim=-1), torch.ones(2, 4, 16), atol=1e-6)

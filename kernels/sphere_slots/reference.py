@@ -19,8 +19,8 @@ def descent(start: Tensor, k: Tensor, v: Tensor, step: Tensor, options: SlotOpti
     """Steps down the loss at `start [B, H, M, D]`.
 
     Returns:
-        the step of every slot, through the normalisation; and how much of the slot the same step takes away (`[..., 1]`,
-        its part along the slot before the projection).
+        the step of every slot, through the normalisation; and how much of the slot the same step takes away, which is
+        its part along the slot before the projection, `[..., 1]`.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():

@@ -73,7 +73,7 @@ class SlotInputs(NamedTuple):
 
 def lengths(slots: Tensor) -> Tensor:
     """Length of every slot `[..., M, D]`, `[..., M, 1]`, at least `EPS`."""
-    return slots.square().sum(-1, keepdim=True).sqrt().clamp(min=EPS)
+    return slots.square().sum(-1, keepdim=True).clamp(min=EPS**2).sqrt()
 
 
 def normalise(slots: Tensor) -> Tensor:
