@@ -105,9 +105,9 @@ def decays(keep: Tensor) -> Tensor:
     Products of segments, not ratios of products: factors may be zero.
     """
     n = keep.shape[-1]
-    ones = torch.ones(n, n, dtype=torch.bool, device=keep.device)
-    steps = keep.unsqueeze(-1).expand(*keep.shape, n).masked_fill(~ones.tril(-1), 1)
-    return steps.cumprod(-2).masked_fill(~ones.tril(), 0)
+    lower = torch.ones(n, n, dtype=keep.dtype, device=keep.device).tril()
+    behind = lower.tril(-1)
+    return torch.addcmul(1 - behind, keep.unsqueeze(-1), behind).cumprod(-2) * lower
 
 
 def decays_vjp(decay: Tensor, kept: Tensor, cot_decay: Tensor, cot_kept: Tensor) -> Tensor:
@@ -115,12 +115,9 @@ def decays_vjp(decay: Tensor, kept: Tensor, cot_decay: Tensor, cot_kept: Tensor)
 
     No division by a factor, which may be zero: `decay[t, s] = decay[t, j] keep_j decay[j-1, s]` for s < j <= t.
     """
-    before = torch.cat([kept.unsqueeze(-1), decay], -1)
-    first = torch.zeros_like(before[..., :1, :])
-    first[..., 0] = 1
-    before = torch.cat([first, before[..., :-1, :]], -2)
-    through = torch.cat([cot_kept.unsqueeze(-1), cot_decay], -1) @ before.mT
-    return (decay * through).sum(-2)
+    up_to = cot_decay @ decay.mT + cot_kept.unsqueeze(-1) * kept.unsqueeze(-2)
+    first = (decay[..., 0] * cot_kept).sum(-1, keepdim=True)
+    return torch.cat([first, (decay[..., 1:] * up_to[..., :-1]).sum(-2)], -1)
 
 
 @dataclass(frozen=True)
