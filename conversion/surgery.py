@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from hf_memory.layers import InitialMemory
 from hf_memory.models.hybrid.configuration_hybrid import MemoryHybridConfig, teacher_windows
 from hf_memory.models.hybrid.modeling_hybrid import (
     MemoryHybridForCausalLM,
@@ -195,17 +196,23 @@ def _repeat_heads(rows: Tensor | None, head_dim: int, repeats: int) -> Tensor | 
 
 @torch.no_grad()
 def inherit(memory: nn.Module, projections: Projections) -> None:
-    """Write the projections of attention into a memory, and make the rest of it neutral, in place."""
+    """Write the projections of attention into a memory, and make the rest of it neutral, in place.
+
+    A projection of another width than that of attention, as slots of another number than the width of a head have it,
+    keeps what it was initialised with.
+    """
     for name, (weight, bias) in projections.items():
         projection = getattr(memory, name)
+        if projection.weight.shape != weight.shape:
+            continue
         projection.weight.copy_(weight)
         if projection.bias is not None:
             projection.bias.zero_() if bias is None else projection.bias.copy_(bias)
     if getattr(memory, "conv", None) is not None:
         memory.conv.weight.zero_()
         memory.conv.weight[:, -1] = 1
-    gates = getattr(memory, "gates", None)
-    if gates is not None and len(memory.initial_memory.weights) == 1:
+    gates, start = getattr(memory, "gates", None), getattr(memory, "initial_memory", None)
+    if gates is not None and isinstance(start, InitialMemory) and len(start.weights) == 1:
         if gates.decay_proj is not None:
             gates.decay_proj.bias.fill_(SLOW_FORGETTING)
         gates.step_proj.bias.fill_(HALF_STEP)

@@ -1,6 +1,7 @@
-"""Write the golden checkpoint of a variant: `python tests/golden/make.py`.
+"""Write the golden checkpoints that are missing: `python tests/golden/make.py`.
 
-To be run only when `format_version` is raised; the old directory stays, so that old checkpoints keep loading.
+To be run when an architecture is added or its `format_version` raised; the old directories stay, so that old
+checkpoints keep loading.
 """
 
 from pathlib import Path
@@ -23,14 +24,21 @@ TINY = {
     "sliding_window": 6,
     "eos_token_id": None,
 }
+OF_TITANS = ("num_persistent_tokens", "sliding_window")
+LATTICE = {name: value for name, value in TINY.items() if name not in OF_TITANS} | {"num_slots": 8}
+LAZY = {"objective": "enc", "normalization": "lazy", "memory_decay": True}
 CHECKPOINTS = {
     "titans-lmm-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(**TINY)),
     "titans-mag-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mag", memory_depth=1, **TINY)),
+    "lattice-dec-v1": (hf_memory.LatticeForCausalLM, hf_memory.LatticeConfig(**LATTICE)),
+    "lattice-enc-lazy-v1": (hf_memory.LatticeForCausalLM, hf_memory.LatticeConfig(**LATTICE, **LAZY)),
 }
 
 
 def main() -> None:
     for name, (model_class, config) in CHECKPOINTS.items():
+        if (HERE / name).exists():
+            continue
         torch.manual_seed(0)
         model = model_class(config).eval()
         with torch.no_grad():

@@ -171,6 +171,7 @@ class MemoryHybridConfig(PreTrainedConfig):
                 )
         # Biases start at zero, where the teacher has none; that of the output gate starts it open.
         defaults = {"attention_bias": True, "num_persistent_tokens": 0, "tie_word_embeddings": False}
+        defaults = {name: value for name, value in defaults.items() if name in config_class.__dataclass_fields__}
         return config_class(**(defaults | fields | given))
 
 
