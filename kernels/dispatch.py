@@ -41,20 +41,24 @@ def force_form(form: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced_form() -> str | None:
+    """What an enclosing `force_form` asks for."""
+    return _forced
+
+
 def forms(device: torch.device | str) -> list[str]:
     """Forms that can run on a device, the one taken by default first."""
     return ["chunk", "reference"]
 
 
-def choose_form(device: torch.device, form: str | None) -> str:
-    """Form that a call runs in: the forced one, else the one that its options name, else the default of the device."""
-    return _forced or form or forms(device)[0]
+def _choose(device: torch.device, options: AnchoredOptions) -> str:
+    return _forced or options.form or forms(device)[0]
 
 
 def _run(inputs: Inputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     if state is not None:
         check_state(inputs, state)
-    if choose_form(inputs.q.device, inputs.options.form) == "reference":
+    if _choose(inputs.q.device, inputs.options) == "reference":
         return reference_form(inputs, state, output_final_state)
     if state is not None and inputs.q.shape[1] == 1:
         return decode_form(inputs, state)

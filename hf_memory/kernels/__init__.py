@@ -12,7 +12,7 @@ if (_source / "SOURCE_CHECKOUT").is_file():
 # Behind the path above: in a checkout these modules are found only through it.
 from .dispatch import OPS, anchored_linear, anchored_mlp, force_form, forms  # noqa: E402
 from .sphere_slots.op import sphere_slots  # noqa: E402
-from .sphere_slots.types import SlotOptions  # noqa: E402
+from .sphere_slots.types import SphereOptions  # noqa: E402
 from .types import AnchoredOptions, Gates, Norm, State  # noqa: E402
 
 
@@ -21,7 +21,7 @@ __all__ = [
     "AnchoredOptions",
     "Gates",
     "Norm",
-    "SlotOptions",
+    "SphereOptions",
     "State",
     "anchored_linear",
     "anchored_mlp",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..grid import RowGrid
 from ..scan import Tensors, scan
 from ..types import State
-from .types import EPS, SlotInputs, SlotOptions, carried, lengths, make_state, normalise
+from .types import EPS, SphereInputs, SphereOptions, carried, lengths, make_state, normalise
 
 
 class Coefficients(NamedTuple):
@@ -121,7 +121,7 @@ def decays_vjp(decay: Tensor, kept: Tensor, cot_decay: Tensor, cot_kept: Tensor)
 
 
 @dataclass(frozen=True)
-class SlotRule:
+class SphereRule:
     """`kernels.scan.Rule` whose tile is one chunk.
 
     tile: `q, k, v [B, H, n, .]`, `step [B, H, n, 1 or M]`, `decay` factor `[B, H, n, 1]` or `None`, and which rows
@@ -129,7 +129,7 @@ class SlotRule:
     chunk's start, and running slots.
     """
 
-    options: SlotOptions
+    options: SphereOptions
 
     def coefficients(self, k: Tensor, v: Tensor, step: Tensor, keep: Tensor | None, start: Tensor) -> Coefficients:
         """Coefficients of the tokens at `start [B, H, M, D]`; `keep [B, H, n, 1]`."""
@@ -329,7 +329,7 @@ def _along_vjp(r: Running, share: Tensor, products: tuple[Tensor, Tensor, Tensor
     )
 
 
-def chunk_form(inputs: SlotInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
+def chunk_form(inputs: SphereInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     """Run a call of any length in matmul form.
 
     Args:
@@ -350,6 +350,6 @@ def chunk_form(inputs: SlotInputs, state: State | None, output_final_state: bool
     ends = grid.ends()
     complete = None if ends is None else (ends == chunk).to(inputs.q.dtype)[..., None, None, None]
     tiles += [None if decay is None else grid.tiles(grid.arrange(decay)).exp(), complete]
-    out, (start, slots) = scan(SlotRule(options), tuple(tiles), (), carried(inputs, state))
+    out, (start, slots) = scan(SphereRule(options), tuple(tiles), (), carried(inputs, state))
     final = make_state(options, start, slots, grid.phase) if output_final_state else None
     return grid.collect(out), final

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from ..types import State
-from .chunk import SlotRule
-from .types import SlotInputs, carried, make_state, normalise
+from .chunk import SphereRule
+from .types import SphereInputs, carried, make_state, normalise
 
 
-def decode_form(inputs: SlotInputs, state: State) -> tuple[Tensor, State]:
+def decode_form(inputs: SphereInputs, state: State) -> tuple[Tensor, State]:
     """Advance every row by one token (rows masked out stay as they are).
 
     Args:
@@ -17,7 +17,7 @@ def decode_form(inputs: SlotInputs, state: State) -> tuple[Tensor, State]:
     Returns:
         outputs `[B, 1, H, .]` in the working precision, and the state behind the token.
     """
-    options, rule = inputs.options, SlotRule(inputs.options)
+    options, rule = inputs.options, SphereRule(inputs.options)
     start, slots = carried(inputs, state)
     q, k, v, step = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v, inputs.gates.step))
     decay = inputs.gates.log_decay

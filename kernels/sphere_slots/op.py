@@ -3,23 +3,31 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import OPS, OpInfo, choose_form, force_form, forms
+from ..dispatch import OPS, OpInfo, force_form, forced_form
 from ..grid import PackedRows
 from ..precision import without_autocast
 from ..types import Gates, State
 from .chunk import chunk_form
 from .decode import decode_form
 from .reference import reference_form
-from .types import SlotInputs, SlotOptions, check_inputs, check_state
+from .types import SphereInputs, SphereOptions, check_inputs, check_state
 
 
-DEFAULTS = SlotOptions()
+DEFAULTS = SphereOptions()
 
 
-def _run(inputs: SlotInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
+def forms(device: torch.device | str) -> list[str]:
+    """Forms that can run on a device, the one taken by default first."""
+    return ["chunk", "reference"]
+
+
+def _run(inputs: SphereInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     if state is not None:
         check_state(inputs, state)
-    if choose_form(inputs.q.device, inputs.options.form) == "reference":
+    known = forms(inputs.q.device)
+    form = forced_form() or inputs.options.form
+    # What this op does not have, the Triton form of others, is not an error where a whole model is forced into it.
+    if (form if form in known else known[0]) == "reference":
         return reference_form(inputs, state, output_final_state)
     if state is not None and inputs.q.shape[1] == 1:
         return decode_form(inputs, state)
@@ -36,7 +44,7 @@ def sphere_slots(
     output_final_state: bool = False,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    options: SlotOptions = DEFAULTS,
+    options: SphereOptions = DEFAULTS,
 ) -> tuple[Tensor, State | None]:
     r"""M slots per head, unit vectors of width D, each moved by every token along its own sphere (Lattice).
 
@@ -64,11 +72,11 @@ def sphere_slots(
 
     Example:
         >>> import torch
-        >>> from hf_memory.kernels import Gates, SlotOptions, sphere_slots
+        >>> from hf_memory.kernels import Gates, SphereOptions, sphere_slots
         >>> q, k = torch.nn.functional.normalize(torch.randn(2, 2, 100, 4, 16), dim=-1)
         >>> v, start = torch.randn(2, 100, 4, 64), torch.randn(4, 16, 64)
         >>> gates = Gates(step=torch.rand(2, 100, 4, 1))
-        >>> online = SlotOptions(chunk_size=1)
+        >>> online = SphereOptions(chunk_size=1)
         >>> out, state = sphere_slots(q, k, v, gates, start, output_final_state=True, options=online)
         >>> out.shape, state["slots"].shape
         (torch.Size([2, 100, 4, 64]), torch.Size([2, 4, 16, 64]))
@@ -98,7 +106,7 @@ def _self_check(form: str, device: torch.device | str) -> float:
     def run(dtype: torch.dtype, on: torch.device | str, which: str) -> Tensor:
         *tokens, step, slots = (x.to(on, dtype) for x in operands)
         with force_form(which), torch.no_grad():
-            out, _ = sphere_slots(*tokens, Gates(step), slots, options=SlotOptions(chunk_size=8))
+            out, _ = sphere_slots(*tokens, Gates(step), slots, options=SphereOptions(chunk_size=8))
         return out.cpu().double()
 
     truth = run(torch.float64, "cpu", "reference")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..types import State
-from .types import SlotInputs, SlotOptions, carried, make_state, normalise
+from .types import SphereInputs, SphereOptions, carried, make_state, normalise
 
 
 def inner_loss(phi: Tensor, k: Tensor, v: Tensor, objective: str) -> Tensor:
@@ -15,7 +15,7 @@ def inner_loss(phi: Tensor, k: Tensor, v: Tensor, objective: str) -> Tensor:
     return 0.5 * (decoded - v).square().sum() if objective == "dec" else -(decoded * v).sum()
 
 
-def descent(start: Tensor, k: Tensor, v: Tensor, step: Tensor, options: SlotOptions) -> tuple[Tensor, Tensor]:
+def descent(start: Tensor, k: Tensor, v: Tensor, step: Tensor, options: SphereOptions) -> tuple[Tensor, Tensor]:
     """Steps down the loss at `start [B, H, M, D]`.
 
     Returns:
@@ -34,7 +34,7 @@ def descent(start: Tensor, k: Tensor, v: Tensor, step: Tensor, options: SlotOpti
     return -step * along_start, taken
 
 
-def advance(start: Tensor, slots: Tensor, k: Tensor, v: Tensor, gates: tuple, options: SlotOptions) -> Tensor:
+def advance(start: Tensor, slots: Tensor, k: Tensor, v: Tensor, gates: tuple, options: SphereOptions) -> Tensor:
     """Running slots after one token (README.md); `gates` are step and decay factor, `[B, H, M or 1, 1]` each."""
     step, keep = gates
     moved, taken = descent(start, k, v, step, options)
@@ -43,13 +43,13 @@ def advance(start: Tensor, slots: Tensor, k: Tensor, v: Tensor, gates: tuple, op
     return new / (start + moved).norm(dim=-1, keepdim=True) if options.normalization == "retract" else new
 
 
-def read(slots: Tensor, q: Tensor, options: SlotOptions) -> Tensor:
+def read(slots: Tensor, q: Tensor, options: SphereOptions) -> Tensor:
     """Answer to a query `[B, H, .]` from the running slots."""
     phi = normalise(slots) if options.normalization == "lazy" else slots
     return torch.einsum("bhmd,bhd->bhm" if options.objective == "enc" else "bhmd,bhm->bhd", phi, q)
 
 
-def reference_form(inputs: SlotInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
+def reference_form(inputs: SphereInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     """Run a call token by token; arguments and results as `kernels.sphere_slots.chunk.chunk_form`."""
     q, k, v, gates, _, mask, options = inputs
     batch, time = q.shape[:2]

@@ -26,7 +26,7 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True)
-class SlotOptions:
+class SphereOptions:
     """What defines the function of a slot memory besides its tensors.
 
     Args:
@@ -59,7 +59,7 @@ class SlotOptions:
                 raise ValueError(f"{name} must be one of {accepted}, got {value!r}.")
 
 
-class SlotInputs(NamedTuple):
+class SphereInputs(NamedTuple):
     """Checked operands of one call, upcast to the working precision (float32, or float64 for float64 inputs)."""
 
     q: Tensor
@@ -68,7 +68,7 @@ class SlotInputs(NamedTuple):
     gates: Gates
     slots: Tensor
     mask: Tensor | None
-    options: SlotOptions
+    options: SphereOptions
 
 
 def lengths(slots: Tensor) -> Tensor:
@@ -82,8 +82,8 @@ def normalise(slots: Tensor) -> Tensor:
 
 
 def check_inputs(
-    q: Tensor, k: Tensor, v: Tensor, gates: Gates, slots: Tensor, mask: Tensor | None, options: SlotOptions
-) -> SlotInputs:
+    q: Tensor, k: Tensor, v: Tensor, gates: Gates, slots: Tensor, mask: Tensor | None, options: SphereOptions
+) -> SphereInputs:
     """Validate shapes and option combinations with one-sentence errors, and upcast to the working precision."""
     if q.dim() != 4:
         raise ValueError(f"`q` must be [batch, time, heads, width], got {q.dim()} dimensions.")
@@ -122,10 +122,10 @@ def check_inputs(
     dtype = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
     gates = Gates(*(None if gate is None else gate.to(dtype) for gate in gates))
     q, k, v, slots = (x.to(dtype) for x in (q, k, v, slots))
-    return SlotInputs(q, k, v, gates, slots, None if mask is None else mask.bool(), options)
+    return SphereInputs(q, k, v, gates, slots, None if mask is None else mask.bool(), options)
 
 
-def check_state(inputs: SlotInputs, state: State) -> None:
+def check_state(inputs: SphereInputs, state: State) -> None:
     """Refuse a state of another batch, shape or grid.
 
     Raises:
@@ -144,7 +144,7 @@ def check_state(inputs: SlotInputs, state: State) -> None:
             )
 
 
-def carried(inputs: SlotInputs, state: State | None) -> tuple[Tensor, Tensor]:
+def carried(inputs: SphereInputs, state: State | None) -> tuple[Tensor, Tensor]:
     """Slots at the last chunk boundary, and running slots; the learned start where there is no state."""
     if state is None:
         slots = inputs.slots if inputs.options.normalization == "none" else normalise(inputs.slots)
@@ -154,6 +154,6 @@ def carried(inputs: SlotInputs, state: State | None) -> tuple[Tensor, Tensor]:
     return state.get("start", slots).to(inputs.q.dtype), slots
 
 
-def make_state(options: SlotOptions, start: Tensor, slots: Tensor, phase: Tensor) -> State:
+def make_state(options: SphereOptions, start: Tensor, slots: Tensor, phase: Tensor) -> State:
     """Assemble a state; a grid of one has no other start than the running slots."""
     return {"slots": slots} if options.chunk_size == 1 else {"slots": slots, "start": start, "phase": phase}

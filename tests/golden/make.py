@@ -1,9 +1,10 @@
-"""Write the golden checkpoints that are missing: `python tests/golden/make.py`.
+"""Write golden checkpoints: `python tests/golden/make.py NAME ...`.
 
-To be run when an architecture is added or its `format_version` raised; the old directories stay, so that old
-checkpoints keep loading.
+To be run only for a new model, or when `format_version` is raised; the old directory stays, so that old checkpoints
+keep loading.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -35,10 +36,11 @@ CHECKPOINTS = {
 }
 
 
-def main() -> None:
-    for name, (model_class, config) in CHECKPOINTS.items():
-        if (HERE / name).exists():
-            continue
+def main(names: list[str]) -> None:
+    if not names or not set(names) <= set(CHECKPOINTS):
+        raise SystemExit(f"Name one or more of {', '.join(CHECKPOINTS)}.")
+    for name in names:
+        model_class, config = CHECKPOINTS[name]
         torch.manual_seed(0)
         model = model_class(config).eval()
         with torch.no_grad():
@@ -52,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -6,7 +6,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from hf_memory import LatticeConfig, LatticeForCausalLM, LatticeForSequenceClassification
-from hf_memory.conversion.surgery import OPEN_GATE, build_student
+from hf_memory.conversion.surgery import OPEN_GATES, build_student
 from hf_memory.evaluation.properties_tiny import random_model, tiny_config
 
 
@@ -151,7 +151,7 @@ def test_a_converted_layer_inherits_what_fits(num_slots):
     if num_slots == 16:
         assert torch.equal(memory.q_proj.weight, attention.q_proj.weight)
     assert memory.q_proj.weight.shape == (4 * num_slots, 64) and memory.q_proj.weight.std() > 0.01
-    assert (memory.g_proj.bias == OPEN_GATE).all() and not memory.g_proj.weight.any()
+    assert (memory.g_proj.bias == OPEN_GATES["silu"]).all() and not memory.g_proj.weight.any()
     assert (memory.gates.step_proj.bias < -2).all()
     ids = torch.randint(3, 100, (2, 12))
     assert logits(student, ids).isfinite().all()

@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, auto_docstring
 
 from hf_memory.cache import MemoryCache, memory_layer
 from hf_memory.configuration import MEMORY
-from hf_memory.kernels import SlotOptions, sphere_slots
+from hf_memory.kernels import SphereOptions, sphere_slots
 from hf_memory.layers import MemoryGates, MemoryRMSNorm, ShortConvolution, l2_normalize
 from hf_memory.modeling import (
     MemoryDecoderMixin,
@@ -95,12 +95,13 @@ class LatticeMemory(nn.Module):
             decay=config.memory_decay,
             momentum=False,
             step_scale=config.gamma_max,
-            step_bias=math.log(share / (1 - share)),
+            initial_step=math.log(share / (1 - share)),
         )
         self.initial_memory = InitialSlots(self.num_heads, config.num_slots, config.head_dim)
         self.o_norm = MemoryRMSNorm(config.content_width, config.rms_norm_eps)
-        self.gate_act = ACT2FN[config.gate_act]
-        self.options = SlotOptions(config.objective, config.normalization, config.chunk_size)
+        self.gate_act = config.gate_act
+        self.gate_fn = ACT2FN[config.gate_act]
+        self.options = SphereOptions(config.objective, config.normalization, config.chunk_size)
 
     def forward(
         self,
@@ -145,7 +146,7 @@ class LatticeMemory(nn.Module):
         if layer is not None:
             new_states |= {OP_PREFIX + name: state for name, state in op_states.items()}
             layer.update_states(new_states, hidden_states.shape[1])
-        return self.o_proj(self.o_norm(read).flatten(2) * self.gate_act(self.g_proj(hidden_states)))
+        return self.o_proj(self.o_norm(read).flatten(2) * self.gate_fn(self.g_proj(hidden_states)))
 
     def code(self, x: Tensor) -> Tensor:
         """Queries and keys `[B, T, H, .]` as the slots take them."""

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from op_inputs import assert_close, assert_states_close, relative
-from slot_inputs import SlotCase
+from sphere_inputs import SphereCase
 from torch.nn import functional
 
-from hf_memory.kernels import AnchoredOptions, Gates, SlotOptions, anchored_linear, force_form, sphere_slots
-from hf_memory.kernels.sphere_slots.chunk import SlotRule
+from hf_memory.kernels import AnchoredOptions, Gates, SphereOptions, anchored_linear, force_form, sphere_slots
+from hf_memory.kernels.sphere_slots.chunk import SphereRule
 from hf_memory.kernels.sphere_slots.reference import descent, inner_loss
 from hf_memory.kernels.sphere_slots.types import normalise
 
@@ -15,13 +15,13 @@ from hf_memory.kernels.sphere_slots.types import normalise
 OBJECTIVES = pytest.mark.parametrize("objective", ["dec", "sim", "enc"])
 
 
-def online(objective: str = "dec", **fields) -> SlotCase:
-    return SlotCase(options={"objective": objective, "chunk_size": 1}, **fields)
+def online(objective: str = "dec", **fields) -> SphereCase:
+    return SphereCase(options={"objective": objective, "chunk_size": 1}, **fields)
 
 
-def one_token(case: SlotCase, t: int, slots: torch.Tensor, **options) -> torch.Tensor:
+def one_token(case: SphereCase, t: int, slots: torch.Tensor, **options) -> torch.Tensor:
     """Slots `[B, H, M, D]` after token `t`, from the decode form."""
-    settings = SlotOptions(**{"chunk_size": 1, **case.options, **options})
+    settings = SphereOptions(**{"chunk_size": 1, **case.options, **options})
     out = sphere_slots(**case.sliced(t, t + 1), slots=case.start, initial_state={"slots": slots},
                        output_final_state=True, options=settings)  # fmt: skip
     return out[1]["slots"]
@@ -32,7 +32,7 @@ def test_gradient_is_the_slope_of_the_loss_and_orthogonal_to_its_slot(objective)
     """(j) 1, for slots of any length."""
     case = online(objective, time=1, batch=1, heads=1)
     slots = case.start[None]
-    options, step = SlotOptions(objective, "lazy", 1), torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    options, step = SphereOptions(objective, "lazy", 1), torch.ones(1, 1, 1, 1, dtype=torch.float64)
     moved, _ = descent(slots, case.k[:, 0], case.v[:, 0], step, options)
     slopes = torch.zeros_like(slots)
     for index in torch.cartesian_prod(*map(torch.arange, slots.shape)):
@@ -43,7 +43,7 @@ def test_gradient_is_the_slope_of_the_loss_and_orthogonal_to_its_slot(objective)
     assert_close(moved, -slopes, 1e-8)
     assert (moved * slots).sum(-1).abs().max() < 1e-12
 
-    rule = SlotRule(options)
+    rule = SphereRule(options)
     k, v = (x.transpose(1, 2) for x in (case.k, case.v))
     c = rule.coefficients(k, v, step, None, slots)
     closed = c.write * c.h + (c.keep - 1 + c.pull) * slots
@@ -54,10 +54,10 @@ def test_gradient_is_the_slope_of_the_loss_and_orthogonal_to_its_slot(objective)
 @pytest.mark.parametrize("chunk_size", [1, 16])
 def test_steps_are_orthogonal_and_slots_stay_unit_vectors(objective, chunk_size):
     """(j) 2 and 13: the norm in closed form is the measured one, and its inverse the cosine between old and new."""
-    case = SlotCase(options={"objective": objective, "chunk_size": chunk_size}, time=chunk_size)
+    case = SphereCase(options={"objective": objective, "chunk_size": chunk_size}, time=chunk_size)
     start = normalise(case.start).expand(2, 2, 5, 8)
     tokens = (x.transpose(1, 2) for x in (case.k, case.v, case.gates.step))
-    c = SlotRule(SlotOptions(**case.options)).coefficients(*tokens, None, start)
+    c = SphereRule(SphereOptions(**case.options)).coefficients(*tokens, None, start)
     for t in range(chunk_size):
         new = (c.keep + c.pull)[..., t : t + 1] * start + c.write[..., t : t + 1] * c.h[..., t : t + 1, :]
         assert torch.allclose(new.norm(dim=-1), torch.ones(2, 2, 5, dtype=torch.float64), atol=1e-12)
@@ -69,7 +69,7 @@ def test_steps_are_orthogonal_and_slots_stay_unit_vectors(objective, chunk_size)
 
 @pytest.mark.parametrize("chunk_size", [1, 16])
 def test_norms_after_ten_thousand_tokens_in_float32(chunk_size):
-    case = SlotCase(
+    case = SphereCase(
         batch=1, time=10_000, heads=1, slots=4, width=16, dtype=torch.float32, options={"chunk_size": chunk_size}
     )
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_lazy_with_steps_in_proportion_follows_the_same_directions(objective):
         unit = one_token(case, t, unit)
         step = case.gates.step[:, t : t + 1] * long.square().sum(-1)[:, None]
         token = case.sliced(t, t + 1) | {"gates": Gates(step)}
-        options = SlotOptions(objective, "lazy", 1)
+        options = SphereOptions(objective, "lazy", 1)
         _, state = sphere_slots(
             **token, slots=case.start, initial_state={"slots": long}, output_final_state=True, options=options
         )
@@ -121,7 +121,7 @@ def test_one_step_is_project_add_normalise(objective):
 )  # fmt: skip
 def test_what_the_grid_costs(objective, std, steps, bounds):
     """Distance of grids 4 and 16 to the exact rule, at most a half above the figures of lattice.md d.3."""
-    case = SlotCase(batch=1, time=256, heads=1, slots=64, width=64, scale=std)
+    case = SphereCase(batch=1, time=256, heads=1, slots=64, width=64, scale=std)
     case.q, case.k = (functional.normalize(torch.randn_like(x), dim=-1) for x in (case.q, case.k))
     case.gates = Gates(steps[0] + (steps[1] - steps[0]) * torch.rand_like(case.gates.step))
     case.start = torch.linalg.qr(case.start)[0]
@@ -136,7 +136,7 @@ def test_what_the_grid_costs(objective, std, steps, bounds):
 @pytest.mark.parametrize("normalization", ["retract", "lazy"])
 def test_no_output_depends_on_later_tokens_or_other_rows(objective, normalization):
     """(j) 6."""
-    case = SlotCase(options={"objective": objective, "normalization": normalization, "chunk_size": 4}).require_grad()
+    case = SphereCase(options={"objective": objective, "normalization": normalization, "chunk_size": 4}).require_grad()
     out, _ = case()
     for t in (0, 3, 4, 20):
         grads = torch.autograd.grad(out[0, t].sum(), [case.q, case.k, case.v, case.gates.step], retain_graph=True)
@@ -148,7 +148,7 @@ def test_no_output_depends_on_later_tokens_or_other_rows(objective, normalizatio
 @pytest.mark.parametrize("normalization", ["retract", "lazy"])
 def test_neither_padding_nor_a_step_of_zero_moves_a_slot(normalization, chunk_size):
     """(j) 9; a step of zero still takes its place on the grid."""
-    case = SlotCase(options={"chunk_size": chunk_size, "normalization": normalization})
+    case = SphereCase(options={"chunk_size": chunk_size, "normalization": normalization})
     _, state = case(tokens=case.sliced(0, 6), output_final_state=True)
     for length in (1, 5):
         tokens = case.sliced(6, 6 + length)
@@ -187,11 +187,11 @@ def test_repeated_similarity_writes_arrive_at_the_value():
 @pytest.mark.parametrize("chunk_size", [1, 4])
 def test_rotations_and_permutations_go_through(objective, chunk_size):
     """(j) 12."""
-    case = SlotCase(options={"objective": objective, "chunk_size": chunk_size})
+    case = SphereCase(options={"objective": objective, "chunk_size": chunk_size})
     out, state = case(output_final_state=True)
     rotation = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))[0]
     order = torch.randperm(5)
-    turned = SlotCase(options=case.options)
+    turned = SphereCase(options=case.options)
     turned.start = (case.start @ rotation)[:, order]
     if objective == "enc":
         turned.q, turned.k, turned.v = case.q @ rotation, case.k @ rotation, case.v[..., order]
@@ -204,7 +204,7 @@ def test_rotations_and_permutations_go_through(objective, chunk_size):
 
 def test_similarity_without_normalisation_is_linear_attention():
     """(j) 14, against an independent loop."""
-    case = SlotCase(options={"objective": "sim", "normalization": "none"})
+    case = SphereCase(options={"objective": "sim", "normalization": "none"})
     case.start = torch.zeros_like(case.start)
     out, _ = case()
     memory = torch.zeros(2, 2, 5, 8, dtype=torch.float64)
@@ -217,7 +217,7 @@ def test_similarity_without_normalisation_is_linear_attention():
 @pytest.mark.parametrize("chunk_size", [1, 4, 16])
 def test_decoding_without_projection_is_the_delta_rule(chunk_size, decay):
     """(j) 14, against an independent loop (grid 1), and on every grid against `anchored_linear`."""
-    case = SlotCase(decay=decay, options={"normalization": "none", "chunk_size": chunk_size}).require_grad()
+    case = SphereCase(decay=decay, options={"normalization": "none", "chunk_size": chunk_size}).require_grad()
     out, _ = case()
     theirs, _ = anchored_linear(
         case.q, case.k, case.v, case.gates, case.start, options=AnchoredOptions(chunk_size=chunk_size)
@@ -246,7 +246,7 @@ def test_small_steps_follow_the_gradient_on_the_sphere(objective):
     for step in (1e-2, 1e-3):
         case.gates = Gates(torch.full_like(case.gates.step, step))
         one = torch.ones(2, 2, 1, 1, dtype=torch.float64)
-        direction, _ = descent(slots, case.k[:, 0], case.v[:, 0], one, SlotOptions(objective, chunk_size=1))
+        direction, _ = descent(slots, case.k[:, 0], case.v[:, 0], one, SphereOptions(objective, chunk_size=1))
         errors.append(relative((one_token(case, 0, slots) - slots) / step, direction))
     assert errors[0] < 0.1 and 0.05 < errors[1] / errors[0] < 0.2
 
@@ -257,11 +257,11 @@ def test_small_steps_follow_the_gradient_on_the_sphere(objective):
 )
 def test_gradients_against_finite_differences(options, chunk_size):
     """(j) 16."""
-    case = SlotCase(batch=1, time=5, heads=1, slots=3, width=4, options=options | {"chunk_size": chunk_size})
+    case = SphereCase(batch=1, time=5, heads=1, slots=3, width=4, options=options | {"chunk_size": chunk_size})
     case.require_grad()
 
     def run(q, k, v, step, slots):
-        return sphere_slots(q, k, v, Gates(step), slots, options=SlotOptions(**case.options))[0]
+        return sphere_slots(q, k, v, Gates(step), slots, options=SphereOptions(**case.options))[0]
 
     assert torch.autograd.gradcheck(run, tuple(case.operands.values()))
 
@@ -270,7 +270,9 @@ def test_gradients_against_finite_differences(options, chunk_size):
 @pytest.mark.parametrize("objective", ["dec", "sim"])
 def test_repeated_tokens_leave_the_grid_bounded(objective, kind):
     """Large values written again and again: at the largest step, no running slot outgrows what one chunk can add."""
-    case = SlotCase(batch=1, time=256, heads=1, slots=16, width=64, options={"objective": objective, "chunk_size": 16})
+    case = SphereCase(
+        batch=1, time=256, heads=1, slots=16, width=64, options={"objective": objective, "chunk_size": 16}
+    )
     k = case.k[:, :1] if kind == "repeated" else functional.one_hot(torch.tensor(3), 16).to(case.k)
     case.k = k.expand(1, 256, 1, 16)
     case.v = 100 * (case.v[:, :1] + 0.05 * case.v)
@@ -287,7 +289,7 @@ def test_repeated_tokens_leave_the_grid_bounded(objective, kind):
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
 def test_packed_sequences_equal_separate_ones(chunk_size):
-    case = SlotCase(batch=1, time=40, options={"chunk_size": chunk_size})
+    case = SphereCase(batch=1, time=40, options={"chunk_size": chunk_size})
     bounds = torch.tensor([0, 1, 18, 18, 40])
     packed, states = case(cu_seqlens=bounds, output_final_state=True)
     for i, (start, stop) in enumerate(zip(bounds, bounds[1:])):
@@ -305,7 +307,7 @@ def test_packed_sequences_equal_separate_ones(chunk_size):
 @pytest.mark.parametrize("length", [1, 9])
 def test_runs_where_users_run_it(length):
     """no_grad, inference_mode and autocast give what training gives; low precision keeps float32 states."""
-    case = SlotCase(time=length, dtype=torch.float32, options={"chunk_size": 4})
+    case = SphereCase(time=length, dtype=torch.float32, options={"chunk_size": 4})
     expected, state = case(output_final_state=True)
     for context in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
         with context:
@@ -321,7 +323,7 @@ def test_runs_where_users_run_it(length):
 @pytest.mark.parametrize("normalization", ["retract", "lazy"])
 @pytest.mark.parametrize("what", ["long", "large", "repeated", "zero"])
 def test_finite_in_bf16(what, normalization):
-    case = SlotCase(batch=1, time=600, slots=16, width=16, options={"normalization": normalization})
+    case = SphereCase(batch=1, time=600, slots=16, width=16, options={"normalization": normalization})
     if what == "large":
         case.q, case.v = case.q * 1e3, case.v * 1e3
     if what == "repeated":
@@ -335,7 +337,7 @@ def test_finite_in_bf16(what, normalization):
 
 
 def test_decode_compiles_to_one_graph():
-    case = SlotCase(dtype=torch.float32, options={"chunk_size": 4})
+    case = SphereCase(dtype=torch.float32, options={"chunk_size": 4})
     with torch.no_grad():
         _, state = case(tokens=case.sliced(0, 5), output_final_state=True)
         expected, final = state, state
@@ -357,7 +359,7 @@ def test_backward_keeps_the_root_of_the_number_of_chunks():
     """Quadrupling the chunks doubles what is kept."""
 
     def saved(time: int) -> int:
-        case = SlotCase(
+        case = SphereCase(
             batch=1, time=time, heads=1, slots=16, width=64, dtype=torch.float32, options={"chunk_size": 4}
         )
         case.require_grad()
@@ -370,8 +372,8 @@ def test_backward_keeps_the_root_of_the_number_of_chunks():
 
 
 def test_errors_are_one_sentence():
-    case = SlotCase()
-    lazy = SlotOptions(normalization="lazy")
+    case = SphereCase()
+    lazy = SphereOptions(normalization="lazy")
     broken = [
         (lambda: case(mask=torch.ones(2, 5)), "mask"),
         (lambda: case(tokens=case.sliced(0, 9) | {"k": case.k[:, :8]}), "`k`"),
@@ -380,12 +382,12 @@ def test_errors_are_one_sentence():
         (lambda: case(tokens=case.sliced(0, 37) | {"gates": Gates(case.gates.step, case.gates.step)}), "retract"),
         (lambda: sphere_slots(case.q, case.k, case.v, Gates(*[case.gates.step] * 3), case.start, options=lazy), "mom"),
         (lambda: case(cu_seqlens=torch.tensor([0, 37])), "one row"),
-        (lambda: SlotOptions(chunk_size=0), "chunk_size"),
-        (lambda: SlotOptions(objective="code"), "objective"),
-        (lambda: SlotOptions(normalization="frobenius"), "normalization"),
+        (lambda: SphereOptions(chunk_size=0), "chunk_size"),
+        (lambda: SphereOptions(objective="code"), "objective"),
+        (lambda: SphereOptions(normalization="frobenius"), "normalization"),
         (lambda: case("triton?"), "form"),
         (lambda: case(initial_state={}), "missing or not expected"),
-        (lambda: case(initial_state=SlotCase(slots=6)(output_final_state=True)[1]), "slots"),
+        (lambda: case(initial_state=SphereCase(slots=6)(output_final_state=True)[1]), "slots"),
         (lambda: case(initial_state=online()(output_final_state=True)[1]), "phase"),
     ]
     for call, word in broken:
@@ -395,7 +397,7 @@ def test_errors_are_one_sentence():
 
 
 def test_forms_can_be_forced():
-    case = SlotCase(options={"chunk_size": 4})
+    case = SphereCase(options={"chunk_size": 4})
     with force_form("reference"):
         out, _ = case("chunk")
     assert torch.equal(out, case("reference")[0])

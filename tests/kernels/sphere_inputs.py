@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hf_memory.kernels import Gates, SlotOptions, State, sphere_slots
+from hf_memory.kernels import Gates, SphereOptions, State, sphere_slots
 
 
 @dataclass
-class SlotCase:
+class SphereCase:
     """Slots and their operands; calling it runs the op. Values are small, so that no two forms part by rounding."""
 
     batch: int = 2
@@ -43,7 +43,7 @@ class SlotCase:
         self.start = normal(self.heads, self.slots, self.width)
         self.to(self.dtype)
 
-    def to(self, dtype: torch.dtype) -> "SlotCase":
+    def to(self, dtype: torch.dtype) -> "SphereCase":
         self.q, self.k, self.v, self.start = (x.to(dtype) for x in (self.q, self.k, self.v, self.start))
         self.gates = Gates(*(None if x is None else x.to(dtype) for x in self.gates))
         return self
@@ -53,7 +53,7 @@ class SlotCase:
         named = {"q": self.q, "k": self.k, "v": self.v, "step": self.gates.step, "slots": self.start}
         return named | ({} if self.gates.log_decay is None else {"log_decay": self.gates.log_decay})
 
-    def require_grad(self) -> "SlotCase":
+    def require_grad(self) -> "SphereCase":
         for x in self.operands.values():
             x.requires_grad_()
         return self
@@ -64,4 +64,4 @@ class SlotCase:
 
     def __call__(self, form: str | None = None, tokens: dict | None = None, **kwargs) -> tuple[Tensor, State | None]:
         tokens = self.sliced(0, self.time) if tokens is None else tokens
-        return sphere_slots(**tokens, slots=self.start, options=SlotOptions(form=form, **self.options), **kwargs)
+        return sphere_slots(**tokens, slots=self.start, options=SphereOptions(form=form, **self.options), **kwargs)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from op_inputs import assert_close, assert_states_close, relative
-from slot_inputs import SlotCase
+from sphere_inputs import SphereCase
 
 
 MODES = {
@@ -22,13 +22,13 @@ DTYPES = (torch.float64, torch.float32)
 FEW = ["dec", "enc-lazy", "sim-none"]
 
 
-def make(mode: str, chunk_size: int, **fields) -> SlotCase:
+def make(mode: str, chunk_size: int, **fields) -> SphereCase:
     options = {"chunk_size": chunk_size, **MODES[mode]}
     decay = options.get("normalization", "retract") != "retract"
-    return SlotCase(options=options, **{"decay": decay, **fields})
+    return SphereCase(options=options, **{"decay": decay, **fields})
 
 
-def gradients(case: SlotCase, form: str, **kwargs) -> tuple[torch.Tensor, dict, dict]:
+def gradients(case: SphereCase, form: str, **kwargs) -> tuple[torch.Tensor, dict, dict]:
     """Output and state of one form, and the gradients of a random projection of both."""
     out, state = case(form, output_final_state=True, **kwargs)
     generator = torch.Generator().manual_seed(5)
@@ -39,7 +39,7 @@ def gradients(case: SlotCase, form: str, **kwargs) -> tuple[torch.Tensor, dict, 
     return out, state, dict(zip(case.operands, torch.autograd.grad(loss, list(case.operands.values()))))
 
 
-def assert_equal_forms(case: SlotCase, tolerance: float = 1e-9, **kwargs) -> None:
+def assert_equal_forms(case: SphereCase, tolerance: float = 1e-9, **kwargs) -> None:
     case.require_grad()
     out, state, grads = gradients(case, "reference", **kwargs)
     actual, actual_state, actual_grads = gradients(case, "chunk", **kwargs)
