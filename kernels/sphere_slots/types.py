@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import FORMS, Gates, State
+from ..types import Gates, State
 
 
+FORMS = ("reference", "chunk", "triton")
 OBJECTIVES = ("dec", "sim", "enc")
 NORMALIZATIONS = ("retract", "lazy", "none")
 # Shorter slots than this are divided by it instead of by their length: a slot of zeros has no direction.
@@ -36,7 +37,7 @@ class SphereOptions:
             slots grow and looks at their direction only. `"none"` drops normalisation and projection: linear
             attention (`sim`) and the delta rule (`dec`).
         chunk_size: grid on which coefficients are frozen; counts valid tokens of each row, 1 is the exact rule.
-        form: `"reference"` or `"chunk"`; `None` lets the device of the tensors decide.
+        form: `"reference"`, `"chunk"` or `"triton"`; `None` lets the device of the tensors decide.
 
     Raises:
         ValueError: for a value that is not accepted.
@@ -60,7 +61,7 @@ class SphereOptions:
 
 
 class SphereInputs(NamedTuple):
-    """Checked operands of one call, upcast to the working precision (float32, or float64 for float64 inputs)."""
+    """Checked operands of one call; q, k and v share a dtype, everything else is in the working precision."""
 
     q: Tensor
     k: Tensor
@@ -69,6 +70,16 @@ class SphereInputs(NamedTuple):
     slots: Tensor
     mask: Tensor | None
     options: SphereOptions
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Working precision: float32, or float64 for float64 inputs."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def upcast(self) -> "SphereInputs":
+        """The same with q, k and v in the working precision."""
+        q, k, v = (x.to(self.precision) for x in (self.q, self.k, self.v))
+        return self._replace(q=q, k=k, v=v)
 
 
 def lengths(slots: Tensor) -> Tensor:
@@ -84,7 +95,7 @@ def normalise(slots: Tensor) -> Tensor:
 def check_inputs(
     q: Tensor, k: Tensor, v: Tensor, gates: Gates, slots: Tensor, mask: Tensor | None, options: SphereOptions
 ) -> SphereInputs:
-    """Validate shapes and option combinations with one-sentence errors, and upcast to the working precision."""
+    """Validate shapes and option combinations with one-sentence errors; gates and slots to the working precision."""
     if q.dim() != 4:
         raise ValueError(f"`q` must be [batch, time, heads, width], got {q.dim()} dimensions.")
     if slots.dim() != 3:
@@ -119,10 +130,11 @@ def check_inputs(
             'normalization="retract" forgets by bringing slots back to unit length, which undoes any decay: drop '
             '`log_decay`, or choose "lazy".'
         )
-    dtype = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = torch.promote_types(common, torch.float32)
     gates = Gates(*(None if gate is None else gate.to(dtype) for gate in gates))
-    q, k, v, slots = (x.to(dtype) for x in (q, k, v, slots))
-    return SphereInputs(q, k, v, gates, slots, None if mask is None else mask.bool(), options)
+    q, k, v = (x.to(common) for x in (q, k, v))
+    return SphereInputs(q, k, v, gates, slots.to(dtype), None if mask is None else mask.bool(), options)
 
 
 def check_state(inputs: SphereInputs, state: State) -> None:
@@ -150,8 +162,8 @@ def carried(inputs: SphereInputs, state: State | None) -> tuple[Tensor, Tensor]:
         slots = inputs.slots if inputs.options.normalization == "none" else normalise(inputs.slots)
         slots = slots.expand(inputs.q.shape[0], *slots.shape)
         return slots, slots
-    slots = state["slots"].to(inputs.q.dtype)
-    return state.get("start", slots).to(inputs.q.dtype), slots
+    slots = state["slots"].to(inputs.precision)
+    return state.get("start", slots).to(inputs.precision), slots
 
 
 def make_state(options: SphereOptions, start: Tensor, slots: Tensor, phase: Tensor) -> State:
