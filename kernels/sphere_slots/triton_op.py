@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Plan(NamedTuple):
-    """Slots and width as powers of two, and the warps of a program: eight hold the largest state, sixteen to a thread."""
+    """Slots and width as powers of two, and the warps of a program: sixteen numbers of a state for each thread."""
 
     slots: int
     width: int

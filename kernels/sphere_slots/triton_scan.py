@@ -205,8 +205,8 @@ def backward_kernel(
 ):  # fmt: skip
     """Gradients of everything: segments from the last to the first, each replayed into `replayed` and walked back.
 
-    `kept` as `forward_kernel` writes it; `replayed [B, H, SEGMENT, 2, M, D]` is scratch. Gradients of padded tokens are
-    left as they are.
+    `kept` as `forward_kernel` writes it; `replayed [B, H, SEGMENT, 2, M, D]` is scratch. Gradients of padded tokens
+    are left as they are.
     """
     series = tl.program_id(0).to(tl.int64)
     row, head = series // H, series % H

@@ -1,4 +1,4 @@
-"""The Triton form of `sphere_slots` in Triton's interpreter against the reference; `test_triton_sphere.py` runs this."""
+"""`sphere_slots` in Triton's interpreter against the float64 reference; `test_triton_sphere.py` runs this file."""
 
 import pytest
 import torch
