@@ -1,38 +1,16 @@
 """The Triton form: one program per row and head walks its tokens with the slots in registers."""
 
-import math
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..launch import differentiable_op, launch
 from ..types import Gates, State
+from .plan import LARGEST_STATE, SEGMENT, plan
 from .triton_scan import backward_kernel, forward_kernel
 from .types import SphereInputs, carried, make_state
 
 
-SEGMENT = 64
-"""Tokens between the states that a backward pass keeps."""
-
-LARGEST_STATE = 4096
-"""Numbers of a padded state; with more of them the backward pass would spill registers."""
-
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Plan(NamedTuple):
-    """Slots and width as powers of two, and the warps of a program: sixteen numbers of a state for each thread."""
-
-    slots: int
-    width: int
-    warps: int
-
-
-def plan(slots: int, width: int) -> Plan:
-    """Cut a call; a pure function of the shape of a state."""
-    sizes = [1 << (n - 1).bit_length() for n in (slots, width)]
-    return Plan(*sizes, min(8, max(1, math.prod(sizes) // 512)))
 
 
 def unsupported(inputs: SphereInputs) -> str | None:

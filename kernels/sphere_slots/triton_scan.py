@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..compiled import KernelEntry, Target
+from .plan import SEGMENT, plan
 from .triton_token import (
     answer,
     answer_vjp,
@@ -245,3 +247,25 @@ def backward_kernel(
         tl.debug_barrier()
     store_slots(cot_slots_in, cot_slots, series, M, D, MB, DB)
     store_slots(cot_start_in, cot_start, series, M, D, MB, DB)
+
+
+def compile_entries(target: Target) -> list[KernelEntry]:
+    """Default slots on both grids, a quarter of them, wide ones, and the mode with most to keep."""
+    found = []
+    halves = ("q", "k", "v", "out", "cot_out", "cot_q", "cot_k", "cot_v")
+    kinds = dict.fromkeys(halves, "*bf16") | {"phases": "*i32", "num_tokens": "i32", "H": "i32"}
+    for kernel in (forward_kernel, backward_kernel):
+        for slots, width, chunk, objective, normalization in (
+            (64, 64, 16, "dec", "retract"), (64, 64, 1, "dec", "retract"), (16, 64, 16, "dec", "retract"),
+            (32, 128, 16, "sim", "retract"), (64, 64, 16, "enc", "lazy"),
+        ):  # fmt: skip
+            cut = plan(slots, width)
+            constants = {"M": slots, "D": width, "MB": cut.slots, "DB": cut.width, "STEPS": 1, "SEGMENT": SEGMENT}
+            constants |= {"OBJECTIVE": objective, "NORMALIZATION": normalization, "CHUNK": chunk}
+            absent = {"kept"} if kernel is forward_kernel else set()
+            absent |= {"log_decay"} if normalization == "retract" else set()
+            constants |= dict.fromkeys(absent)
+            types = {name: kinds.get(name, "*fp32") for name in kernel.arg_names if name not in constants}
+            name = f"sphere_slots {kernel.fn.__name__} {slots}x{width} grid {chunk} {objective} {normalization}"
+            found.append(KernelEntry(name, kernel, types, constants, cut.warps, 1, has_product=False))
+    return found

@@ -102,12 +102,14 @@ def content_vjp(cot_h, cot_overlap, cot_wanted, phi, h, k, OBJECTIVE: tl.constex
         cot_overlap -= cot_wanted
     cot_h += tl.sum(cot_overlap[:, None] * phi, axis=0)
     cot_phi = cot_overlap[:, None] * h[None, :]
+    if OBJECTIVE == "enc":
+        cot_k, cot_v = cot_h, cot_wanted
+    else:
+        cot_k, cot_v = cot_wanted, cot_h
     if OBJECTIVE == "dec":
+        cot_k -= tl.sum(phi * cot_h[None, :], axis=1)
         cot_phi -= k[:, None] * cot_h[None, :]
-        return cot_wanted - tl.sum(phi * cot_h[None, :], axis=1), cot_h, cot_phi
-    if OBJECTIVE == "sim":
-        return cot_wanted, cot_h, cot_phi
-    return cot_h, cot_wanted, cot_phi
+    return cot_k, cot_v, cot_phi
 
 
 @triton.jit
@@ -115,8 +117,10 @@ def answer(slots, q, OBJECTIVE: tl.constexpr, NORMALIZATION: tl.constexpr):
     """Read of the running slots."""
     phi, _ = direction(slots, NORMALIZATION)
     if OBJECTIVE == "enc":
-        return tl.sum(phi * q[None, :], axis=1)
-    return tl.sum(phi * q[:, None], axis=0)
+        out = tl.sum(phi * q[None, :], axis=1)
+    else:
+        out = tl.sum(phi * q[:, None], axis=0)
+    return out
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
-from hf_memory.kernels.sphere_slots.triton_op import LARGEST_STATE, plan
+from hf_memory.kernels.sphere_slots.plan import LARGEST_STATE, plan
 
 
 HERE = Path(__file__).parent
