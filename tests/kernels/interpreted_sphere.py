@@ -29,7 +29,7 @@ def short_segments(monkeypatch):
 def make(mode: str, chunk_size: int, **fields) -> SphereCase:
     """A case whose values float32 holds exactly, so that all forms get the same."""
     options = {"chunk_size": chunk_size, **MODES[mode]}
-    fields = {"time": 9, "heads": 1, "slots": 3, "width": 6, "decay": "normalization" in options} | fields
+    fields = {"batch": 1, "time": 7, "heads": 1, "slots": 3, "width": 6, "decay": "normalization" in options} | fields
     return SphereCase(options=options, **fields).to(torch.float32).to(torch.float64)
 
 
@@ -58,10 +58,10 @@ def test_outputs_states_and_gradients_equal_the_reference(mode, chunk_size):
     assert_equals_reference(lambda: make(mode, chunk_size))
 
 
-@pytest.mark.parametrize("mode, chunk_size", [("dec", 1), ("dec", 4), ("enc-lazy", 4)])
+@pytest.mark.parametrize("mode, chunk_size", [("dec", 1), ("enc-lazy", 4)])
 def test_padding_anywhere(mode, chunk_size):
-    mask = torch.rand(2, 9) > 0.3
-    assert_equals_reference(lambda: make(mode, chunk_size), mask=mask)
+    mask = torch.rand(2, 7) > 0.3
+    assert_equals_reference(lambda: make(mode, chunk_size, batch=2, heads=2), mask=mask)
 
 
 def test_one_step_per_slot():
@@ -71,7 +71,7 @@ def test_one_step_per_slot():
 @pytest.mark.parametrize("mode", ["dec", "sim", "dec-lazy"])
 def test_writes_beyond_the_whole_slot(mode):
     def large() -> SphereCase:
-        case = make(mode, 8, scale=6.0, decay=False, batch=1)
+        case = make(mode, 8, scale=6.0, decay=False)
         case.k = (case.k[:, :1] + 0.1 * case.k).float().double()
         case.v = (case.v[:, :1] + 0.3 * case.v).float().double()
         return case
@@ -92,7 +92,7 @@ def test_lengths(length):
 @pytest.mark.parametrize("mode, chunk_size", [("dec", 1), ("dec", 4), ("enc-lazy", 4)])
 def test_decoding_continues_from_any_state(mode, chunk_size):
     """Rows of different phases, one of them padded now and then; states of the chunk form go on in the kernel."""
-    case, mask = make(mode, chunk_size), torch.ones(2, 9, dtype=torch.bool)
+    case, mask = make(mode, chunk_size, batch=2, time=9), torch.ones(2, 9, dtype=torch.bool)
     mask[0, 1] = mask[1, 4] = False
     expected, state = case("reference", mask=mask, output_final_state=True)
     case.to(torch.float32)

@@ -38,8 +38,7 @@ def _titans_fields() -> dict[str, dict]:
 def _lattice() -> dict[str, PreTrainedConfig]:
     fields = {
         "dec-chunk4": {"chunk_size": 4},
-        "dec-chunk1": {"chunk_size": 1},
-        "dec-chunk16-quarter": {"num_slots": 4},
+        "dec-chunk1-quarter": {"chunk_size": 1, "num_slots": 4},
         "sim-many-slots": {"objective": "sim", "num_slots": 20, "chunk_size": 4},
         "enc-lazy-decay": {"objective": "enc", "normalization": "lazy", "memory_decay": True, "chunk_size": 4},
         "enc-softmax-no-conv": {"objective": "enc", "qk_norm": "softmax", "num_slots": 8, "conv_kernel": 0},
