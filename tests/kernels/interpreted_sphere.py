@@ -1,10 +1,13 @@
 """`sphere_slots` in Triton's interpreter against the float64 reference; `test_triton_sphere.py` runs this file."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from op_inputs import assert_close, assert_states_close
 from sphere_inputs import SphereCase
 
+from hf_memory.evaluation.properties_tiny import random_model, tiny_config
 from hf_memory.kernels import Gates, SphereOptions, sphere_slots
 from hf_memory.kernels.sphere_slots import triton_op
 
@@ -143,3 +146,24 @@ def test_what_the_kernels_cannot_do_is_refused_or_left_to_the_chunk_form():
     with pytest.raises(ValueError, match="not for 65 slots of width 64"):
         case("triton")
     assert case()[0].isfinite().all()
+
+
+def test_a_model_trains_and_decodes_through_the_kernels():
+    config = tiny_config(
+        "lattice", num_hidden_layers=1, hidden_size=8, head_dim=4, num_attention_heads=2, chunk_size=3
+    )
+    model, ids = random_model(config), torch.randint(128, (1, 6))
+    mixer = model.model.layers[0].mixer
+    expected = model(ids, labels=ids)
+    expected.loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    mixer.options = replace(mixer.options, form="triton")
+    actual = model(ids, labels=ids)
+    actual.loss.backward()
+    assert_close(actual.logits, expected.logits, 1e-4)
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, gradients[name], 1e-3, name)
+    with torch.no_grad():
+        cache = model(ids[:, :5], use_cache=True).past_key_values
+        assert_close(model(ids[:, 5:], past_key_values=cache).logits, expected.logits[:, 5:], 1e-4)
