@@ -136,7 +136,8 @@ class SphereRule:
         objective, mode = self.options.objective, self.options.normalization
         length = lengths(start) if mode == "lazy" else None
         phi = start if length is None else start / length
-        step, keep = step.mT, 1.0 if keep is None else keep.mT
+        step = step.mT
+        keep = step.new_ones(()) if keep is None else keep.mT
         overlap = None
         if objective == "enc":
             h, overlap = k, phi @ k.mT
@@ -153,8 +154,7 @@ class SphereRule:
         if mode == "lazy":
             taken, weight = taken / length.square(), weight / length
         # The part that would make the running slot grow or turn over acts on the start instead (README.md).
-        on_running = taken.clamp(min=-1 / self.options.chunk_size)
-        on_running = on_running.clamp(max=1.0) if mode == "retract" else on_running.minimum(torch.as_tensor(keep))
+        on_running = taken.clamp(min=-1 / self.options.chunk_size).minimum(keep)
         kept, pull = keep - on_running, on_running - taken
         if mode == "retract":
             across = (h.square().sum(-1).unsqueeze(-2) - overlap.square()).clamp(min=0)
@@ -270,9 +270,8 @@ class SphereRule:
         if mode == "none":
             cot_factor = cot_keep
         else:
-            inside = c.taken >= -1 / self.options.chunk_size
-            bound = 1.0 if keep is None or mode == "retract" else keep.mT
-            inside &= c.taken <= bound
+            bound = 1.0 if keep is None else keep.mT
+            inside = (c.taken >= -1 / self.options.chunk_size) & (c.taken <= bound)
             norm = 1.0 if c.norm is None else c.norm
             cot_on_running = (cot_pull - cot_keep) / norm
             cot_factor = cot_keep / norm + cot_on_running.masked_fill(c.taken <= bound, 0)
