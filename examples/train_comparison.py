@@ -35,10 +35,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_memory import TitansConfig
+from hf_memory import LatticeConfig, TitansConfig
 
 
 MODELS = ("titans-depth-2", "titans-depth-1", "gated-delta-rule", "llama")
+LATTICE = {"lattice": 1, "lattice-quarter": 4}
+"""Models that are trained when they are asked for; their slots are the width of a head divided by this."""
 TOLERANCE = 0.02
 VOCABULARY = 256
 Texts = tuple[np.ndarray, np.ndarray]
@@ -100,7 +102,7 @@ def memory_rule(name: str, chunk: int) -> dict[str, int | bool]:
 
 
 def make_config(name: str, plan: Plan, intermediate: int) -> PreTrainedConfig:
-    """Configuration of one of `MODELS`."""
+    """Configuration of one of `MODELS` or `LATTICE`."""
     shared = {
         "vocab_size": VOCABULARY,
         "hidden_size": plan.hidden,
@@ -115,6 +117,9 @@ def make_config(name: str, plan: Plan, intermediate: int) -> PreTrainedConfig:
     }
     if name == "llama":
         return LlamaConfig(**shared)
+    if name in LATTICE:
+        slots = plan.hidden // plan.heads // LATTICE[name]
+        return LatticeConfig(num_slots=slots, chunk_size=plan.chunk, **shared)
     return TitansConfig(num_persistent_tokens=16, **memory_rule(name, plan.chunk), **shared)
 
 
@@ -348,7 +353,7 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Continue with the plan in the output folder.")] = False,
     minutes: Annotated[float, typer.Option(help="Time for all runs together; decides the tokens of each.")] = 16,
     tokens: Annotated[int, typer.Option(help="Tokens of each run, instead of a time.")] = 0,
-    models: Annotated[str, typer.Option(help="Which to train.")] = ",".join(MODELS),
+    models: Annotated[str, typer.Option(help="Which to train; also lattice, lattice-quarter.")] = ",".join(MODELS),
     lrs: Annotated[str, typer.Option(help="Peak learning rates; each model is trained with each.")] = "2e-3",
     size: Annotated[str, typer.Option(help="Width x layers x heads.")] = "192x2x6",
     chunk: Annotated[int, typer.Option(help="Chunk size of Titans.")] = 16,
@@ -368,9 +373,10 @@ def main(
         plan = Plan.load(output)
     else:
         chosen = models.split(",")
-        unknown = set(chosen) - set(MODELS)
+        unknown = set(chosen) - {*MODELS, *LATTICE}
         if unknown:
-            raise typer.BadParameter(f"Unknown models {sorted(unknown)}, known are {', '.join(MODELS)}.")
+            known = ", ".join((*MODELS, *LATTICE))
+            raise typer.BadParameter(f"Unknown models {sorted(unknown)}, known are {known}.")
         if (output / "plan.json").exists():
             raise typer.BadParameter(f"{output} holds a comparison: pass --resume, or another --output.")
         hidden, layers, heads = map(int, size.split("x"))

@@ -14,6 +14,13 @@ from hf_memory.registration import register_architectures
 
 if TYPE_CHECKING:
     from hf_memory.cache import MemoryCache
+    from hf_memory.models.lattice.configuration_lattice import LatticeConfig
+    from hf_memory.models.lattice.modeling_lattice import (
+        LatticeCache,
+        LatticeForCausalLM,
+        LatticeForSequenceClassification,
+        LatticeModel,
+    )
     from hf_memory.models.titans.configuration_titans import TitansConfig
     from hf_memory.models.titans.modeling_titans import (
         TitansCache,
@@ -25,6 +32,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "LatticeCache",
+    "LatticeConfig",
+    "LatticeForCausalLM",
+    "LatticeForSequenceClassification",
+    "LatticeModel",
     "MemoryCache",
     "TitansCache",
     "TitansConfig",

@@ -11,6 +11,8 @@ if (_source / "SOURCE_CHECKOUT").is_file():
 
 # Behind the path above: in a checkout these modules are found only through it.
 from .dispatch import OPS, anchored_linear, anchored_mlp, force_form, forms, overwrites_state  # noqa: E402
+from .sphere_slots.op import sphere_slots  # noqa: E402
+from .sphere_slots.types import SphereOptions  # noqa: E402
 from .types import AnchoredOptions, Gates, Norm, State  # noqa: E402
 
 
@@ -19,10 +21,12 @@ __all__ = [
     "AnchoredOptions",
     "Gates",
     "Norm",
+    "SphereOptions",
     "State",
     "anchored_linear",
     "anchored_mlp",
     "force_form",
     "forms",
     "overwrites_state",
+    "sphere_slots",
 ]

@@ -60,5 +60,6 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES: dict[str, Architecture] = {
     "titans": Architecture(folder="titans", prefix="Titans"),
+    "lattice": Architecture(folder="lattice", prefix="Lattice"),
 }
 """Model type (`config.model_type`) -> architecture."""

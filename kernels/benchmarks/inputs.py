@@ -89,6 +89,14 @@ def memory_inputs(
     return inputs
 
 
+def sphere_inputs(shape: Shape, generator: torch.Generator) -> Tensors:
+    """Operands of `sphere_slots` with as many slots as channels, float32, step sizes as a fresh model has them."""
+    inputs = attention_inputs(shape, generator)
+    inputs["step"] = (torch.randn(*shape[:3], 1, generator=generator, device=generator.device) - 2.2).sigmoid()
+    start = torch.randn(shape.heads, shape.width, shape.width, generator=generator, device=generator.device)
+    return inputs | {"slots": torch.linalg.qr(start)[0]}
+
+
 def cast(inputs: Tensors, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensors:
     """Operands as an op gets them in a row of this dtype; everything in float64 for `torch.float64`."""
     return {

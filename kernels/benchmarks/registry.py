@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import presets
 from ..dispatch import anchored_linear, anchored_mlp, force_form, forms
+from ..sphere_slots.op import sphere_slots
+from ..sphere_slots.types import SphereOptions
 from ..types import AnchoredOptions, State
 from .inputs import (
     Shape,
@@ -17,6 +19,7 @@ from .inputs import (
     gates_of,
     memory_inputs,
     norm_of,
+    sphere_inputs,
     weights_of,
     window,
 )
@@ -185,6 +188,24 @@ def _anchored(grid: int) -> list[Op]:
     ]
 
 
+def _sphere(inputs: Tensors, state: State | None, final: bool, options: SphereOptions) -> tuple:
+    operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), inputs["slots"])
+    return sphere_slots(*operands, state, final, options=options)
+
+
+def _sphere_ops() -> list[Op]:
+    return [
+        _op(
+            "sphere_slots",
+            partial(_sphere, options=SphereOptions(chunk_size=grid)),
+            sphere_inputs,
+            grid=grid,
+            options="dec, retract, slots as wide as a head",
+        )
+        for grid in (1, 16)
+    ]
+
+
 def _all_ops() -> list[Op]:
     ops = [op for grid in (1, 16, 64) for op in _anchored(grid)]
     # Tiles of one token: the deep memories on the exact online rule are as slow as a loop over tokens has to be.
@@ -199,6 +220,7 @@ def _all_ops() -> list[Op]:
             peers=(FLA_GATED_DELTA_RULE,),
         )
     )
+    ops += _sphere_ops()
     ops.append(Op("softmax_attention", attention_inputs, softmax_attention, options="causal", peers=(SDPA,)))
     return ops
 

@@ -25,6 +25,9 @@ TINY = {
     "sliding_window": 6,
     "eos_token_id": None,
 }
+OF_TITANS = ("num_persistent_tokens", "sliding_window")
+LATTICE = {name: value for name, value in TINY.items() if name not in OF_TITANS} | {"num_slots": 8}
+LAZY = {"objective": "enc", "normalization": "lazy", "memory_decay": True}
 CHECKPOINTS = {
     "titans-lmm-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(**TINY)),
     "titans-mag-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mag", memory_depth=1, **TINY)),
@@ -33,6 +36,8 @@ CHECKPOINTS = {
         hf_memory.TitansConfig(variant="mac", segment_size=8, num_memory_tokens=4, **TINY),
     ),
     "titans-mal-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mal", **TINY)),
+    "lattice-dec-v1": (hf_memory.LatticeForCausalLM, hf_memory.LatticeConfig(**LATTICE)),
+    "lattice-enc-lazy-v1": (hf_memory.LatticeForCausalLM, hf_memory.LatticeConfig(**LATTICE, **LAZY)),
 }
 
 

@@ -137,11 +137,16 @@ def hybrid(base: str, layers: list[int], **fields) -> PreTrainedModel:
     return random_model(MemoryHybridConfig.from_teacher(teacher, memory_layers=layers, memory=memory, **fields))
 
 
+def lattice() -> PreTrainedModel:
+    return random_model(tiny_config("lattice", chunk_size=4, num_slots=8))
+
+
 MODELS = {
     "lmm": lambda: titans("lmm"),
     "mag": lambda: titans("mag"),
     "mac": lambda: titans("mac"),
     "mal": lambda: titans("mal"),
+    "lattice": lattice,
     "llama": lambda: hybrid("llama", [0, 2]),
     "gpt_neox": lambda: hybrid("gpt_neox", [1], memory_mode="retrofit", memory_window=8),
 }

@@ -46,6 +46,18 @@ def _titans_fields() -> dict[str, dict]:
     }  # fmt: skip
 
 
+def _lattice() -> dict[str, PreTrainedConfig]:
+    fields = {
+        "dec-chunk4": {"chunk_size": 4},
+        "dec-chunk1-quarter": {"chunk_size": 1, "num_slots": 4},
+        "sim-many-slots": {"objective": "sim", "num_slots": 20, "chunk_size": 4},
+        "enc-lazy-decay": {"objective": "enc", "normalization": "lazy", "memory_decay": True, "chunk_size": 4},
+        "enc-softmax-no-conv": {"objective": "enc", "qk_norm": "softmax", "num_slots": 8, "conv_kernel": 0},
+        "dec-none-gelu": {"normalization": "none", "memory_decay": True, "gate_act": "gelu", "qk_act": "none"},
+    }
+    return {name: tiny_config("lattice", vocab_size=64, **options) for name, options in fields.items()}
+
+
 def _hybrids() -> dict[str, PreTrainedConfig]:
     # Windows of transformers count slots, so that padding narrows them: wide enough where the teacher keeps a layer.
     wide, mixed = {"sliding_window": 512}, {"layer_types": ["sliding_attention", "full_attention"]}
@@ -57,6 +69,7 @@ def _hybrids() -> dict[str, PreTrainedConfig]:
         "mistral-retrofit": hybrid("mistral", [1], memory_mode="retrofit", memory_window=8, **wide),
         "gemma3-replace-full": hybrid("gemma3_text", [1], **mixed, **wide),
         "gemma3-retrofit-sliding": hybrid("gemma3_text", [0], memory_mode="retrofit", memory_window=8, **mixed),
+        "llama-lattice": hybrid("llama", [0], memory={"model_type": "lattice", "chunk_size": 4}),
         "gpt-neox-retrofit": hybrid("gpt_neox", [0, 1], memory_mode="retrofit", memory_window=8),
     }
 
@@ -66,11 +79,12 @@ def hybrid(base: str, layers: list[int], **fields) -> MemoryHybridConfig:
     Tiny hybrid with a teacher of type `base`; `fields` are those of the teacher or of the hybrid.
     """
     own = {name: fields.pop(name) for name in list(fields) if name.startswith("memory")}
-    own["memory"] = {"memory_expansion": 2, "chunk_size": 4, **own.get("memory", {})}
+    memory = own.get("memory", {})
+    own["memory"] = memory if "model_type" in memory else {"memory_expansion": 2, "chunk_size": 4, **memory}
     return MemoryHybridConfig.from_teacher(tiny_config(base, vocab_size=64, **fields), memory_layers=layers, **own)
 
 
-_CONFIGS = {"titans": _titans, MemoryHybridConfig.model_type: _hybrids}
+_CONFIGS = {"titans": _titans, "lattice": _lattice, MemoryHybridConfig.model_type: _hybrids}
 
 
 def tiny_configs(model_type: str) -> dict[str, PreTrainedConfig]:
