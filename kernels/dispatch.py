@@ -41,6 +41,11 @@ def force_form(form: str | None) -> Iterator[None]:
         _forced = before
 
 
+def forced_form() -> str | None:
+    """What an enclosing `force_form` asks for."""
+    return _forced
+
+
 def forms(device: torch.device | str) -> list[str]:
     """Forms that can run on a device, the one taken by default first."""
     return ["chunk", "reference"]

@@ -11,6 +11,8 @@ if (_source / "SOURCE_CHECKOUT").is_file():
 
 # Behind the path above: in a checkout these modules are found only through it.
 from .dispatch import OPS, anchored_linear, anchored_mlp, force_form, forms  # noqa: E402
+from .two_pass_slots.inputs import SlotOptions  # noqa: E402
+from .two_pass_slots.op import two_pass_slots  # noqa: E402
 from .types import AnchoredOptions, Gates, Norm, State  # noqa: E402
 
 
@@ -19,9 +21,11 @@ __all__ = [
     "AnchoredOptions",
     "Gates",
     "Norm",
+    "SlotOptions",
     "State",
     "anchored_linear",
     "anchored_mlp",
     "force_form",
     "forms",
+    "two_pass_slots",
 ]
