@@ -65,8 +65,8 @@ class SlotOptions:
 class SlotInputs(NamedTuple):
     """Checked operands of one call in the working precision (float32, or float64 for float64 inputs).
 
-    The memories of keys and those of values are 2 H heads, those of keys first, of one width D: that of the wider kind.
-    The other is padded with zeros, which no step changes.
+    The memories of keys and those of values are 2 H heads, those of keys first, of one width D: that of the wider
+    kind. The other is padded with zeros, which no step changes.
 
     Attributes:
         q: queries `[B, T, H, D]`.

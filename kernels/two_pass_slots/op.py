@@ -50,8 +50,8 @@ def two_pass_slots(
 ) -> tuple[Tensor, State | None]:
     r"""Two memories of m slots, of keys and of values, trained while they read (Trellis, arXiv 2512.23852).
 
-    Each token makes one step on ½‖φ(S w_t) - α_t‖² in both memories, w = k in that of keys and w = v in that of values,
-    behind a decay; then its query is answered by `y_t = V_tᵀ f(K_t q_t)`.
+    Each token makes one step on ½‖φ(S w_t) - α_t‖² in both memories, w = k in that of keys and w = v in that of
+    values, behind a decay; then its query is answered by `y_t = V_tᵀ f(K_t q_t)`.
 
     Args:
         q: queries `[B, T, H, K]`, any float dtype.

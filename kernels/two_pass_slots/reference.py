@@ -42,8 +42,8 @@ def read(q: Tensor, memory: Tensor, inputs: SlotInputs) -> Tensor:
 def reference_form(inputs: SlotInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     """Run a call token by token; arguments and results as those of `chunk_form`.
 
-    Level 0 of the memories stands still until the end of a chunk; level i + 1 makes the steps whose gradients are taken
-    at level i. The last level is the one that is read.
+    Level 0 of the memories stands still until the end of a chunk; level i + 1 makes the steps whose gradients are
+    taken at level i. The last level is the one that is read.
     """
     batch, time, chunk = *inputs.q.shape[:2], inputs.options.chunk_size
     q, tokens, device = inputs.q, inputs.tokens, inputs.q.device

@@ -1,4 +1,4 @@
-"""`two_pass_slots`: chunk and decode forms against the token-wise reference, whose gradient is autograd of the loss."""
+"""`two_pass_slots`: chunk and decode forms against the reference, whose inner gradient is autograd of the loss."""
 
 import pytest
 import torch
