@@ -20,8 +20,8 @@ from hf_memory.models.hybrid.modeling_hybrid import (
 __all__ = ["build_student", "decoder_layers", "memory_parameters", "memory_slots"]
 
 DEFAULT_WINDOW = 512
-# silu(x) = 1: the output gate of a memory starts open.
-OPEN_GATE = 1.278464542761
+# x where the nonlinearity of an output gate is 1: gates start open.
+OPEN_GATES = {"silu": 1.278464542761, "gelu": 1.144450718353}
 # Attention forgets nothing: a matrix memory in its place starts by forgetting 0.1 % per token, and writes with half of
 # its largest step. A deep memory keeps its own start, which is what its conditioning allows.
 SLOW_FORGETTING, HALF_STEP = -7.0, 0.0
@@ -204,11 +204,12 @@ def inherit(memory: nn.Module, projections: Projections) -> None:
     if getattr(memory, "conv", None) is not None:
         memory.conv.weight.zero_()
         memory.conv.weight[:, -1] = 1
-    gates = getattr(memory, "gates", None)
-    if gates is not None and len(memory.initial_memory.weights) == 1:
+    gates, start = getattr(memory, "gates", None), getattr(memory, "initial_memory", None)
+    is_deep = start is not None and len(start.weights) > 1
+    if gates is not None and not is_deep:
         if gates.decay_proj is not None:
             gates.decay_proj.bias.fill_(SLOW_FORGETTING)
         gates.step_proj.bias.fill_(HALF_STEP)
     if getattr(memory, "g_proj", None) is not None and memory.g_proj.bias is not None:
         memory.g_proj.weight.zero_()
-        memory.g_proj.bias.fill_(OPEN_GATE)
+        memory.g_proj.bias.fill_(OPEN_GATES[getattr(memory, "gate_act", "silu")])

@@ -74,6 +74,8 @@ class MemoryConfig(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
     supported_format_version: ClassVar[int] = 1
+    in_hybrid: ClassVar[dict[str, Any]] = {}
+    """Fields that default to something else where the memory stands in a pretrained decoder."""
 
     vocab_size: int = 32000
     hidden_size: int = 1024

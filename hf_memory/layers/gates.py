@@ -36,6 +36,8 @@ class MemoryGates(nn.Module):
         momentum: whether gradients pass through a momentum buffer.
         step_scale: factor of the step size.
         step_act: `"sigmoid"` or `"softplus"`.
+        initial_step: logit of the step size at initialisation; -2 is an eighth.
+        initial_decay: logit of what is forgotten; -5 is 0.7 % per token.
     """
 
     def __init__(
@@ -47,14 +49,16 @@ class MemoryGates(nn.Module):
         momentum: bool = True,
         step_scale: float = 1.0,
         step_act: str = "sigmoid",
+        initial_step: float = -2.0,
+        initial_decay: float = -5.0,
     ) -> None:
         super().__init__()
         self.num_heads, self.num_sets = num_heads, num_sets
         self.step_scale, self.step_act = step_scale, step_act
         size = num_heads * num_sets
-        # A memory starts by forgetting 0.7 % per token, with half of the momentum and an eighth of the step size.
-        self.step_proj = GateProjection(hidden_size, size, initial_bias=-2.0)
-        self.decay_proj = GateProjection(hidden_size, size, initial_bias=-5.0) if decay else None
+        self.step_proj = GateProjection(hidden_size, size, initial_step)
+        self.decay_proj = GateProjection(hidden_size, size, initial_decay) if decay else None
+        # Momentum starts at a half.
         self.momentum_proj = GateProjection(hidden_size, size, initial_bias=0.0) if momentum else None
 
     def forward(self, hidden_states: Tensor) -> Gates:

@@ -60,5 +60,6 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES: dict[str, Architecture] = {
     "titans": Architecture(folder="titans", prefix="Titans"),
+    "trellis": Architecture(folder="trellis", prefix="Trellis"),
 }
 """Model type (`config.model_type`) -> architecture."""

@@ -89,7 +89,7 @@ def test_identity_is_a_delta_rule(chunk_size):
 
 
 def test_small_steps_lead_to_attention_with_bounded_memory():
-    """Spec (j) 5, 6: with tiny steps, no decay and one-hot targets S = Σ γ α wᵀ, which f = softmax reads as attention."""
+    """Spec (j) 5, 6: tiny steps, no decay, one-hot targets: S = Σ γ α wᵀ, which f = softmax reads as attention."""
     rate = 1e-5
     case = SlotCase(shape=(1, 20, 1, 8), start=False, decay=False)
     case.options = {"chunk_size": 1, "write_map": "identity", "read_map": "softmax"}

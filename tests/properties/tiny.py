@@ -35,6 +35,20 @@ def _titans_fields() -> dict[str, dict]:
     }  # fmt: skip
 
 
+def _trellis() -> dict[str, PreTrainedConfig]:
+    options = {
+        "ln-silu": {},
+        "ln-silu-chunk1": {"chunk_size": 1, "conv_value": True},
+        "ln-silu-learned-start": {"chunk_size": 4, "learn_initial_memory": True, "refinements": 1},
+        "l2-silu-softmax": {"chunk_size": 4, "write_map": "l2_silu", "read_map": "softmax", "gate_act": "silu"},
+        "silu-no-conv": {"chunk_size": 4, "write_map": "silu", "conv_kernel": 0, "output_map": "identity"},
+        "identity": {"write_map": "identity", "value_step": "shared"},
+        "identity-chunk4-no-decay": {"write_map": "identity", "chunk_size": 4, "memory_decay": False},
+        "first-order": {"chunk_size": 4, "hypergrad": 0.0},
+    }
+    return {name: tiny_config("trellis", vocab_size=64, **fields) for name, fields in options.items()}
+
+
 def _hybrids() -> dict[str, PreTrainedConfig]:
     # Windows of transformers count slots, so that padding narrows them: wide enough where the teacher keeps a layer.
     wide, mixed = {"sliding_window": 512}, {"layer_types": ["sliding_attention", "full_attention"]}
@@ -46,6 +60,7 @@ def _hybrids() -> dict[str, PreTrainedConfig]:
         "mistral-retrofit": hybrid("mistral", [1], memory_mode="retrofit", memory_window=8, **wide),
         "gemma3-replace-full": hybrid("gemma3_text", [1], **mixed, **wide),
         "gemma3-retrofit-sliding": hybrid("gemma3_text", [0], memory_mode="retrofit", memory_window=8, **mixed),
+        "llama-trellis": hybrid("llama", [1], memory={"model_type": "trellis"}),
         "gpt-neox-retrofit": hybrid("gpt_neox", [0, 1], memory_mode="retrofit", memory_window=8),
     }
 
@@ -55,11 +70,13 @@ def hybrid(base: str, layers: list[int], **fields) -> MemoryHybridConfig:
     Tiny hybrid with a teacher of type `base`; `fields` are those of the teacher or of the hybrid.
     """
     own = {name: fields.pop(name) for name in list(fields) if name.startswith("memory")}
-    own["memory"] = {"memory_expansion": 2, "chunk_size": 4, **own.get("memory", {})}
+    memory = {"model_type": "titans", **own.get("memory", {})}
+    small = {"titans": {"memory_expansion": 2}, "trellis": {"num_slots": 16}}[memory["model_type"]]
+    own["memory"] = {"chunk_size": 4, **small, **memory}
     return MemoryHybridConfig.from_teacher(tiny_config(base, vocab_size=64, **fields), memory_layers=layers, **own)
 
 
-_CONFIGS = {"titans": _titans, MemoryHybridConfig.model_type: _hybrids}
+_CONFIGS = {"titans": _titans, "trellis": _trellis, MemoryHybridConfig.model_type: _hybrids}
 
 
 def tiny_configs(model_type: str) -> dict[str, PreTrainedConfig]:

@@ -170,7 +170,7 @@ class MemoryHybridConfig(PreTrainedConfig):
                     f"teacher, not {fields[name]}: leave it out."
                 )
         # Biases start at zero, where the teacher has none; that of the output gate starts it open.
-        defaults = {"attention_bias": True, "num_persistent_tokens": 0, "tie_word_embeddings": False}
+        defaults = {"attention_bias": True, "tie_word_embeddings": False} | config_class.in_hybrid
         return config_class(**(defaults | fields | given))
 
 

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Titans model configuration"""
 
+from typing import Any, ClassVar
+
 from huggingface_hub.dataclasses import strict
 from transformers.utils import auto_docstring
 
@@ -95,6 +97,7 @@ class TitansConfig(MemoryConfig):
     ```"""
 
     model_type = "titans"
+    in_hybrid: ClassVar[dict[str, Any]] = {"num_persistent_tokens": 0}
 
     variant: str = "lmm"
     memory_depth: int = 2
