@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import presets
 from ..dispatch import anchored_linear, anchored_mlp, force_form, forms
+from ..two_pass_slots import op as two_pass
+from ..two_pass_slots.inputs import SlotOptions
 from ..types import AnchoredOptions, State
 from .inputs import (
     Shape,
@@ -17,6 +19,7 @@ from .inputs import (
     gates_of,
     memory_inputs,
     norm_of,
+    slot_inputs,
     weights_of,
     window,
 )
@@ -39,6 +42,7 @@ class Op:
         grid: chunk size of the inner gradients, where there are some.
         options: what else defines the function, for the rows.
         peers: how other libraries compute the same function.
+        forms: which forms of `run` a device has, its default first.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Op:
     grid: int | None = None
     options: str = ""
     peers: tuple[Provider, ...] = ()
+    forms: Callable[[torch.device | str], list[str]] = forms
 
     @property
     def label(self) -> str:
@@ -56,7 +61,7 @@ class Op:
 
     def providers(self, device: torch.device, peers: bool = False) -> list[Provider]:
         """Everything that can compute the op on a device, our own fast forms first."""
-        own = [] if self.run is None else [_own(self.run, form) for form in forms(device) if form != "reference"]
+        own = [] if self.run is None else [_own(self.run, form) for form in self.forms(device) if form != "reference"]
         if own and not peers:
             return own
         return own + [peer for peer in self.peers if device.type in peer.devices and peer.is_installed]
@@ -143,6 +148,26 @@ def _anchored(grid: int) -> list[Op]:
     ]
 
 
+def _two_pass(inputs: Tensors, state: State | None, final: bool, options: SlotOptions) -> tuple:
+    operands = (inputs[name] for name in ("q", "k", "v", "targets"))
+    return two_pass.two_pass_slots(*operands, gates_of(inputs), None, state, final, options=options)
+
+
+def _two_pass_ops() -> list[Op]:
+    maps = {"ln_silu": 16, "identity": 1}
+    return [
+        _op(
+            "two_pass_slots" if name == "ln_silu" else f"two_pass_slots_{name}",
+            partial(_two_pass, options=SlotOptions(chunk_size=grid, write_map=name)),
+            slot_inputs,
+            grid=grid,
+            options=f"write map {name}, read map ln_silu, slots as wide as a head",
+            forms=two_pass.forms,
+        )
+        for name, grid in maps.items()
+    ]
+
+
 def _all_ops() -> list[Op]:
     ops = [op for grid in (1, 16, 64) for op in _anchored(grid)]
     # Tiles of one token: the deep memories on the exact online rule are as slow as a loop over tokens has to be.
@@ -157,6 +182,7 @@ def _all_ops() -> list[Op]:
             peers=(FLA_GATED_DELTA_RULE,),
         )
     )
+    ops += _two_pass_ops()
     ops.append(Op("softmax_attention", attention_inputs, softmax_attention, options="causal", peers=(SDPA,)))
     return ops
 

@@ -23,8 +23,9 @@ TINY = {
     "sliding_window": 6,
     "eos_token_id": None,
 }
-WITHOUT_WINDOW = {name: value for name, value in TINY.items() if name not in ("num_persistent_tokens", "sliding_window")}
-TINY_SLOTS = WITHOUT_WINDOW | {"num_slots": 16, "learn_initial_memory": True, "conv_value": True}
+OF_TITANS = ("num_persistent_tokens", "sliding_window")
+TINY_SLOTS = {name: value for name, value in TINY.items() if name not in OF_TITANS}
+TINY_SLOTS |= {"num_slots": 16, "learn_initial_memory": True, "conv_value": True}
 CHECKPOINTS = {
     "titans-lmm-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(**TINY)),
     "titans-mag-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mag", memory_depth=1, **TINY)),
