@@ -139,6 +139,7 @@ def hybrid(base: str, layers: list[int], **fields) -> PreTrainedModel:
 MODELS = {
     "lmm": lambda: titans("lmm"),
     "mag": lambda: titans("mag"),
+    "trellis": lambda: random_model(tiny_config("trellis", chunk_size=4)),
     "llama": lambda: hybrid("llama", [0, 2]),
     "gpt_neox": lambda: hybrid("gpt_neox", [1], memory_mode="retrofit", memory_window=8),
 }

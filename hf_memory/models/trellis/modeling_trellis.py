@@ -58,6 +58,13 @@ class InitialSlots(InitialMemory):
         return 1.0
 
 
+class TargetProjection(nn.Linear):
+    """Linear layer from tokens to target codes, without bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+
 class TrellisMemory(nn.Module):
     """Two memories of m slots per head, of keys and of values, that each token trains by one step.
 
@@ -77,7 +84,7 @@ class TrellisMemory(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=bias)
-        self.target_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.num_slots, bias=False)
+        self.target_proj = TargetProjection(config.hidden_size, config.num_attention_heads * config.num_slots)
         self.g_proj = nn.Linear(config.hidden_size, width, bias=bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=bias)
         self.conv_value = config.conv_value
@@ -196,10 +203,11 @@ class TrellisPreTrainedModel(MemoryPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TrellisMemory):
-            # Targets of variance one, that of what a LayerNorm can answer.
-            init.normal_(module.target_proj.weight, std=self.config.hidden_size**-0.5)
+        if isinstance(module, TargetProjection):
+            # Targets of variance one, which is that of what a LayerNorm can answer.
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        else:
+            super()._init_weights(module)
 
 
 @auto_docstring
