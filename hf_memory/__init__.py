@@ -28,6 +28,13 @@ if TYPE_CHECKING:
         TitansForSequenceClassification,
         TitansModel,
     )
+    from hf_memory.models.trellis.configuration_trellis import TrellisConfig
+    from hf_memory.models.trellis.modeling_trellis import (
+        TrellisCache,
+        TrellisForCausalLM,
+        TrellisForSequenceClassification,
+        TrellisModel,
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -43,6 +50,11 @@ __all__ = [
     "TitansForCausalLM",
     "TitansForSequenceClassification",
     "TitansModel",
+    "TrellisCache",
+    "TrellisConfig",
+    "TrellisForCausalLM",
+    "TrellisForSequenceClassification",
+    "TrellisModel",
     "__version__",
 ]
 

@@ -25,6 +25,7 @@ _TINY_OF_TYPE: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16},
     "qwen3_next": {"num_hidden_layers": 4},
     "titans": {"num_key_value_heads": None, "sliding_window": 8, "segment_size": 32, "num_memory_tokens": 16},
+    "trellis": {"num_slots": 16},
     "memory_hybrid": {"memory_layers": [1], "memory": {"memory_expansion": 2, "chunk_size": 4}},
 }
 

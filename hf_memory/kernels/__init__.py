@@ -13,6 +13,8 @@ if (_source / "SOURCE_CHECKOUT").is_file():
 from .dispatch import OPS, anchored_linear, anchored_mlp, force_form, forms, overwrites_state  # noqa: E402
 from .sphere_slots.op import sphere_slots  # noqa: E402
 from .sphere_slots.types import SphereOptions  # noqa: E402
+from .two_pass_slots.inputs import SlotOptions  # noqa: E402
+from .two_pass_slots.op import two_pass_slots  # noqa: E402
 from .types import AnchoredOptions, Gates, Norm, State  # noqa: E402
 
 
@@ -21,6 +23,7 @@ __all__ = [
     "AnchoredOptions",
     "Gates",
     "Norm",
+    "SlotOptions",
     "SphereOptions",
     "State",
     "anchored_linear",
@@ -29,4 +32,5 @@ __all__ = [
     "forms",
     "overwrites_state",
     "sphere_slots",
+    "two_pass_slots",
 ]

@@ -61,5 +61,6 @@ class Architecture(NamedTuple):
 ARCHITECTURES: dict[str, Architecture] = {
     "titans": Architecture(folder="titans", prefix="Titans"),
     "lattice": Architecture(folder="lattice", prefix="Lattice"),
+    "trellis": Architecture(folder="trellis", prefix="Trellis"),
 }
 """Model type (`config.model_type`) -> architecture."""

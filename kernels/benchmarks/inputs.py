@@ -11,7 +11,7 @@ from ..types import Gates, Norm
 
 Tensors = dict[str, Tensor]
 
-LOW_PRECISION = ("q", "k", "v")
+LOW_PRECISION = ("q", "k", "v", "targets")
 """Operands that take the dtype of a row; gates, weights and norms stay float32."""
 
 PER_TOKEN = (*LOW_PRECISION, *Gates._fields)
@@ -95,6 +95,16 @@ def sphere_inputs(shape: Shape, generator: torch.Generator) -> Tensors:
     inputs["step"] = (torch.randn(*shape[:3], 1, generator=generator, device=generator.device) - 2.2).sigmoid()
     start = torch.randn(shape.heads, shape.width, shape.width, generator=generator, device=generator.device)
     return inputs | {"slots": torch.linalg.qr(start)[0]}
+
+
+def slot_inputs(shape: Shape, generator: torch.Generator) -> Tensors:
+    """Operands of `two_pass_slots` with as many slots as channels, float32, gates as a fresh model has them."""
+    inputs = attention_inputs(shape, generator)
+    inputs["v"] = functional.normalize(inputs["v"], dim=-1)
+    inputs["targets"] = torch.randn(*shape, generator=generator, device=generator.device)
+    logits = torch.randn(2, *shape[:3], 1, generator=generator, device=generator.device)
+    inputs["step"], inputs["log_decay"] = (logits[0] - 2.2).sigmoid(), functional.logsigmoid(3.9 - logits[1])
+    return inputs
 
 
 def cast(inputs: Tensors, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensors:

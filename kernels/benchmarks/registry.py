@@ -11,6 +11,8 @@ from .. import presets
 from ..dispatch import anchored_linear, anchored_mlp, force_form, forms
 from ..sphere_slots.op import sphere_slots
 from ..sphere_slots.types import SphereOptions
+from ..two_pass_slots import op as two_pass
+from ..two_pass_slots.inputs import SlotOptions
 from ..types import AnchoredOptions, State
 from .inputs import (
     Shape,
@@ -19,6 +21,7 @@ from .inputs import (
     gates_of,
     memory_inputs,
     norm_of,
+    slot_inputs,
     sphere_inputs,
     weights_of,
     window,
@@ -60,6 +63,7 @@ class Op:
         float32_error: what its error in float32 may not exceed, whatever the reference loses.
         options: what else defines the function, for the rows.
         peers: how other libraries compute the same function.
+        forms: which forms of `run` a device has, its default first.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Op:
     float32_error: float = float("inf")
     options: str = ""
     peers: tuple[Provider, ...] = ()
+    forms: Callable[[torch.device | str], list[str]] = forms
 
     @property
     def label(self) -> str:
@@ -79,7 +84,7 @@ class Op:
 
     def providers(self, device: torch.device, peers: bool = False) -> list[Provider]:
         """Everything that can compute the op on a device, our own fast forms first."""
-        own = [] if self.run is None else [_own(self.run, form) for form in forms(device) if form != "reference"]
+        own = [] if self.run is None else [_own(self.run, form) for form in self.forms(device) if form != "reference"]
         if own and not peers:
             return own
         if own:
@@ -206,6 +211,26 @@ def _sphere_ops() -> list[Op]:
     ]
 
 
+def _two_pass(inputs: Tensors, state: State | None, final: bool, options: SlotOptions) -> tuple:
+    operands = (inputs[name] for name in ("q", "k", "v", "targets"))
+    return two_pass.two_pass_slots(*operands, gates_of(inputs), None, state, final, options=options)
+
+
+def _two_pass_ops() -> list[Op]:
+    maps = {"ln_silu": 16, "identity": 1}
+    return [
+        _op(
+            "two_pass_slots" if name == "ln_silu" else f"two_pass_slots_{name}",
+            partial(_two_pass, options=SlotOptions(chunk_size=grid, write_map=name)),
+            slot_inputs,
+            grid=grid,
+            options=f"write map {name}, read map ln_silu, slots as wide as a head",
+            forms=two_pass.forms,
+        )
+        for name, grid in maps.items()
+    ]
+
+
 def _all_ops() -> list[Op]:
     ops = [op for grid in (1, 16, 64) for op in _anchored(grid)]
     # Tiles of one token: the deep memories on the exact online rule are as slow as a loop over tokens has to be.
@@ -221,6 +246,7 @@ def _all_ops() -> list[Op]:
         )
     )
     ops += _sphere_ops()
+    ops += _two_pass_ops()
     ops.append(Op("softmax_attention", attention_inputs, softmax_attention, options="causal", peers=(SDPA,)))
     return ops
 

@@ -28,6 +28,8 @@ TINY = {
 OF_TITANS = ("num_persistent_tokens", "sliding_window")
 LATTICE = {name: value for name, value in TINY.items() if name not in OF_TITANS} | {"num_slots": 8}
 LAZY = {"objective": "enc", "normalization": "lazy", "memory_decay": True}
+TINY_SLOTS = {name: value for name, value in TINY.items() if name not in OF_TITANS}
+TINY_SLOTS |= {"num_slots": 16, "learn_initial_memory": True, "conv_value": True}
 CHECKPOINTS = {
     "titans-lmm-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(**TINY)),
     "titans-mag-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mag", memory_depth=1, **TINY)),
@@ -38,6 +40,7 @@ CHECKPOINTS = {
     "titans-mal-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mal", **TINY)),
     "lattice-dec-v1": (hf_memory.LatticeForCausalLM, hf_memory.LatticeConfig(**LATTICE)),
     "lattice-enc-lazy-v1": (hf_memory.LatticeForCausalLM, hf_memory.LatticeConfig(**LATTICE, **LAZY)),
+    "trellis-v1": (hf_memory.TrellisForCausalLM, hf_memory.TrellisConfig(**TINY_SLOTS)),
 }
 
 

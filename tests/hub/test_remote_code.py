@@ -147,6 +147,7 @@ MODELS = {
     "mac": lambda: titans("mac"),
     "mal": lambda: titans("mal"),
     "lattice": lattice,
+    "trellis": lambda: random_model(tiny_config("trellis", chunk_size=4)),
     "llama": lambda: hybrid("llama", [0, 2]),
     "gpt_neox": lambda: hybrid("gpt_neox", [1], memory_mode="retrofit", memory_window=8),
 }

@@ -155,6 +155,20 @@ def test_inherited_weights_arrive(llama):
     torch.testing.assert_close(gate, torch.ones_like(gate))
 
 
+def test_slot_memories_inherit_what_attention_has(llama):
+    student = build_student(llama, layers=[1], memory="trellis", memory_options={"num_slots": 16})
+    memory, attention = memory_slots(student)[1].memory, llama.model.layers[1].self_attn
+    assert memory.output_map.name == "identity"
+    for name in ("q_proj", "o_proj"):
+        assert torch.equal(getattr(memory, name).weight, getattr(attention, name).weight)
+    x = torch.randn(1, 5, 2 * 64)
+    assert torch.equal(memory.conv(x)[0], x)
+    gate = memory.gate_fn(memory.g_proj(torch.randn(2, 3, 64)))
+    torch.testing.assert_close(gate, torch.ones_like(gate))
+    assert memory.gates.decay_proj.bias.unique() == -7
+    assert memory.target_proj.weight.std() > 0.1
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_memory_carries_what_attention_no_longer_sees(llama, mode):
     student = convert(llama, [0, 1, 2], mode)

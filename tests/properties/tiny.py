@@ -58,6 +58,18 @@ def _lattice() -> dict[str, PreTrainedConfig]:
     return {name: tiny_config("lattice", vocab_size=64, **options) for name, options in fields.items()}
 
 
+def _trellis() -> dict[str, PreTrainedConfig]:
+    options = {
+        "ln-silu": {},
+        "ln-silu-chunk1": {"chunk_size": 1, "conv_value": True},
+        "ln-silu-learned-start": {"chunk_size": 4, "learn_initial_memory": True, "refinements": 1},
+        "l2-silu-softmax": {"chunk_size": 4, "write_map": "l2_silu", "read_map": "softmax", "gate_act": "silu"},
+        "silu-no-conv": {"chunk_size": 4, "write_map": "silu", "conv_kernel": 0, "hypergrad": 0.0},
+        "identity-chunk4": {"write_map": "identity", "chunk_size": 4, "memory_decay": False, "value_step": "shared"},
+    }
+    return {name: tiny_config("trellis", vocab_size=64, **fields) for name, fields in options.items()}
+
+
 def _hybrids() -> dict[str, PreTrainedConfig]:
     # Windows of transformers count slots, so that padding narrows them: wide enough where the teacher keeps a layer.
     wide, mixed = {"sliding_window": 512}, {"layer_types": ["sliding_attention", "full_attention"]}
@@ -70,6 +82,7 @@ def _hybrids() -> dict[str, PreTrainedConfig]:
         "gemma3-replace-full": hybrid("gemma3_text", [1], **mixed, **wide),
         "gemma3-retrofit-sliding": hybrid("gemma3_text", [0], memory_mode="retrofit", memory_window=8, **mixed),
         "llama-lattice": hybrid("llama", [0], memory={"model_type": "lattice", "chunk_size": 4}),
+        "llama-trellis": hybrid("llama", [1], memory={"model_type": "trellis"}),
         "gpt-neox-retrofit": hybrid("gpt_neox", [0, 1], memory_mode="retrofit", memory_window=8),
     }
 
@@ -79,12 +92,18 @@ def hybrid(base: str, layers: list[int], **fields) -> MemoryHybridConfig:
     Tiny hybrid with a teacher of type `base`; `fields` are those of the teacher or of the hybrid.
     """
     own = {name: fields.pop(name) for name in list(fields) if name.startswith("memory")}
-    memory = own.get("memory", {})
-    own["memory"] = memory if "model_type" in memory else {"memory_expansion": 2, "chunk_size": 4, **memory}
+    memory = {"model_type": "titans", **own.get("memory", {})}
+    small = {"titans": {"memory_expansion": 2}, "trellis": {"num_slots": 16}}.get(memory["model_type"], {})
+    own["memory"] = {"chunk_size": 4, **small, **memory}
     return MemoryHybridConfig.from_teacher(tiny_config(base, vocab_size=64, **fields), memory_layers=layers, **own)
 
 
-_CONFIGS = {"titans": _titans, "lattice": _lattice, MemoryHybridConfig.model_type: _hybrids}
+_CONFIGS = {
+    "titans": _titans,
+    "lattice": _lattice,
+    "trellis": _trellis,
+    MemoryHybridConfig.model_type: _hybrids,
+}
 
 
 def tiny_configs(model_type: str) -> dict[str, PreTrainedConfig]:
