@@ -5,6 +5,8 @@ from torch import Tensor
 
 from .anchored_linear.plan import WIDEST_STATE, WIDEST_TILE, tile_width
 from .anchored_linear.triton_op import linear_scan
+from .anchored_mlp import plan as mlp_plan
+from .anchored_mlp.triton_op import mlp_scan
 from .coefficients_triton import tile_coefficients
 from .launch import is_interpreted
 from .prefill import Slots, uses_solve
@@ -14,19 +16,19 @@ from .types import Inputs, State
 
 def unsupported(inputs: Inputs) -> str | None:
     """Why the kernels cannot compute a call, as the end of a sentence; `None` if they can."""
-    options, widths = inputs.options, [max(w.shape[1:]) for w in inputs.weights]
+    width, value_width, chunk = inputs.q.shape[-1], inputs.v.shape[-1], inputs.options.chunk_size
     if inputs.q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"not for {inputs.q.dtype}"
     if inputs.kinds[0] != "head":
         return "not for gates per channel"
     if not uses_solve(inputs):
-        return "not for a memory behind a LayerNorm"
-    if max(widths) > WIDEST_STATE:
-        return f"up to a width of {WIDEST_STATE}, not for {max(widths)}"
-    if tile_width(options.chunk_size, inputs.q.element_size()) is None:
+        return mlp_plan.unsupported(inputs.depth, width, value_width, chunk, inputs.norm is not None)
+    if max(width, value_width) > WIDEST_STATE:
+        return f"up to a width of {WIDEST_STATE}, not for {max(width, value_width)}"
+    if tile_width(chunk, inputs.q.element_size()) is None:
         widest = WIDEST_TILE[inputs.q.element_size()]
-        return f"for chunks that divide into tiles of 16 to {widest} tokens, not for chunk_size={options.chunk_size}"
-    if options.decay_before_grad and inputs.gates.log_momentum is not None:
+        return f"for chunks that divide into tiles of 16 to {widest} tokens, not for chunk_size={chunk}"
+    if inputs.options.decay_before_grad and inputs.gates.log_momentum is not None:
         return "not for decay_before_grad with momentum"
     return None
 
@@ -38,17 +40,32 @@ def triton_form(inputs: Inputs, state: State | None, output_final_state: bool) -
         inputs = inputs.upcast()
     chunk = inputs.options.chunk_size
     slots = Slots.of(inputs, state, lambda buffered: chunk)
-    grid = slots.grid
+    scan = _linear if uses_solve(inputs) else _mlp
+    out, carry = scan(inputs, slots, carried(inputs, state))
+    return slots.grid.tokens(out), slots.state(inputs, carry) if output_final_state else None
+
+
+def _linear(inputs: Inputs, slots: Slots, carry: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    chunk, anchored = inputs.options.chunk_size, slots.grid.anchored
     tile = tile_width(chunk, inputs.q.element_size())
     # A chunk of several tiles folds all its tokens, so that its later tiles find them.
-    counted = grid.anchored if chunk <= tile else torch.full_like(grid.anchored, slots.q.shape[1])
-    out, carry = linear_scan(
+    counted = anchored if chunk <= tile else torch.full_like(anchored, slots.q.shape[1])
+    coefficients = tile_coefficients(slots.gates, counted, tile)
+    at_decayed = inputs.options.decay_before_grad and inputs.gates.log_decay is not None
+    return linear_scan(*slots[1:4], coefficients, inputs.base[0], carry, anchored, chunk, at_decayed)
+
+
+def _mlp(inputs: Inputs, slots: Slots, carry: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    options = inputs.options
+    coefficients = tile_coefficients(slots.gates, slots.grid.anchored, options.chunk_size)
+    base = None if options.decay_target == "zero" else inputs.weights
+    return mlp_scan(
         *slots[1:4],
-        tile_coefficients(slots.gates, counted, tile),
-        inputs.base[0],
-        carried(inputs, state),
-        grid.anchored,
-        chunk,
-        inputs.options.decay_before_grad and inputs.gates.log_decay is not None,
+        coefficients,
+        base,
+        inputs.norm,
+        carry,
+        activation=options.activation,
+        eps=options.eps,
+        tile=options.chunk_size,
     )
-    return grid.tokens(out), slots.state(inputs, carry) if output_final_state else None
