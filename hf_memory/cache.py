@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from hf_memory.cache_layers import LAYER_CLASSES, STATIC_LAYER_CLASSES, MemoryStatesMixin, fix_address
+from hf_memory.cache_layers import LAYER_CLASSES, STATIC_LAYER_CLASSES
+from hf_memory.cache_states import MemoryStatesMixin, fix_address
 from hf_memory.memory_file import MemoryInfo, ModelFit, find_memory_file, memory_info, read_memory, write_memory
 from hf_memory.memory_identity import ModelIdentity
 

@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from hf_memory.cache_layers import MemoryStatesMixin
+from hf_memory.cache_states import MemoryStatesMixin
 from hf_memory.memory_identity import Fingerprint, ModelIdentity, without_adapter_wrapper
 
 

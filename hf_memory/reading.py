@@ -13,7 +13,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_memory.cache import MemoryCache
-from hf_memory.cache_layers import MemorySlidingCacheLayer, MemoryStatesMixin
+from hf_memory.cache_layers import MemorySlidingCacheLayer
+from hf_memory.cache_states import MemoryStatesMixin
 from hf_memory.memory_file import evaluating, is_growing
 from hf_memory.memory_identity import ModelIdentity
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from hf_memory.cache import MemoryCache
-from hf_memory.cache_layers import MemoryStatesMixin
+from hf_memory.cache_states import MemoryStatesMixin
 from hf_memory.kernels import Gates
 from hf_memory.layers import MemoryGates
 from hf_memory.memory_file import evaluating
