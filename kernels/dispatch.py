@@ -10,6 +10,7 @@ from torch import Tensor
 from .anchored_mlp.decode import decode_form
 from .anchored_mlp.reference import reference_form
 from .grid import PackedRows
+from .launch import kernels_run_on
 from .precision import without_autocast
 from .prefill import chunk_form
 from .state import check_state
@@ -26,7 +27,10 @@ _forced: str | None = None
 
 @contextmanager
 def force_form(form: str | None) -> Iterator[None]:
-    """Run every op inside the `with` block in one form (`"reference"` or `"chunk"`), whatever its options say.
+    """Run every op inside the `with` block in one form, whatever its options say.
+
+    Args:
+        form: `"reference"`, `"chunk"` or `"triton"`; `None` changes nothing.
 
     Raises:
         ValueError: for an unknown form.
@@ -48,17 +52,40 @@ def forced_form() -> str | None:
 
 def forms(device: torch.device | str) -> list[str]:
     """Forms that can run on a device, the one taken by default first."""
-    return ["chunk", "reference"]
+    kind = torch.device(device).type
+    # The interpreter runs kernels on the CPU to test them, never because nobody asked.
+    fast = ["triton", "chunk"] if kind == "cuda" else ["chunk", "triton"]
+    return [*fast, "reference"] if kernels_run_on(kind) else ["chunk", "reference"]
 
 
-def _choose(device: torch.device, options: AnchoredOptions) -> str:
-    return _forced or options.form or forms(device)[0]
+def _choose(inputs: Inputs) -> str:
+    asked = _forced or inputs.options.form
+    form = asked or forms(inputs.q.device)[0]
+    if form != "triton":
+        return form
+    if not kernels_run_on(inputs.q.device.type):
+        raise ValueError(
+            f"The Triton form needs tensors on a GPU, got {inputs.q.device.type}: use form='chunk', or set "
+            "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU."
+        )
+    from .triton_form import unsupported
+
+    reason = unsupported(inputs)
+    if reason is not None and asked:
+        raise ValueError(f"The Triton form is {reason}: use form='chunk'.")
+    return "chunk" if reason else "triton"
 
 
 def _run(inputs: Inputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     if state is not None:
         check_state(inputs, state)
-    if _choose(inputs.q.device, inputs.options) == "reference":
+    form = _choose(inputs)
+    if form == "triton" and not (state is not None and inputs.q.shape[1] == 1):
+        from .triton_form import triton_form
+
+        return triton_form(inputs, state, output_final_state)
+    inputs = inputs.upcast()
+    if form == "reference":
         return reference_form(inputs, state, output_final_state)
     if state is not None and inputs.q.shape[1] == 1:
         return decode_form(inputs, state)

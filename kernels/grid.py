@@ -57,9 +57,12 @@ class RowGrid:
         return (self.anchored[None] - starts[:, None]).clamp(0, self.tile)
 
     def arrange(self, x: Tensor, buffer: Tensor | None = None) -> Tensor:
-        """`[B, T, H, D]` tokens and `[B, H, chunk, D]` buffered rows to slots `[B, num_slots, H, D]` (zero: empty)."""
+        """`[B, T, H, D]` tokens and `[B, H, chunk, D]` buffered rows to slots `[B, S, H, D]` (zero: empty).
+
+        S is `num_slots`, or T where nothing has to be moved.
+        """
         if self.is_trivial:
-            return functional.pad(x, (0, 0, 0, 0, 0, self.num_slots - self.time))
+            return x
         heads, width = x.shape[2:]
         buffer = x.new_zeros(self.batch, self.chunk_size, heads, width) if buffer is None else buffer.transpose(1, 2)
         rows = torch.cat([buffer.to(x.dtype), x, x.new_zeros(self.batch, 1, heads, width)], dim=1)
@@ -67,12 +70,16 @@ class RowGrid:
 
     def tiles(self, slots: Tensor) -> Tensor:
         """Slots `[B, S, H, D]` to tiles `[C, B, H, tile, D]`."""
+        slots = functional.pad(slots, (0, 0, 0, 0, 0, self.num_slots - slots.shape[1]))
         batch, _, heads, width = slots.shape
         return slots.view(batch, self.num_tiles, self.tile, heads, width).permute(1, 0, 3, 2, 4).contiguous()
 
     def collect(self, tiles: Tensor) -> Tensor:
         """Tiles `[C, B, H, tile, D]` back to tokens `[B, T, H, D]`; padded tokens get zero."""
-        slots = tiles.permute(1, 0, 3, 2, 4).flatten(1, 2)
+        return self.tokens(tiles.permute(1, 0, 3, 2, 4).flatten(1, 2))
+
+    def tokens(self, slots: Tensor) -> Tensor:
+        """Slots `[B, S, H, D]` back to tokens `[B, T, H, D]`; padded tokens get zero."""
         if self.is_trivial:
             return slots[:, : self.time]
         heads, width = slots.shape[2:]
@@ -82,7 +89,7 @@ class RowGrid:
     def tail(self, slots: Tensor) -> Tensor:
         """Rows since each row's last chunk boundary, `[B, H, chunk, D]`, zero behind `phase`."""
         offsets = torch.arange(self.chunk_size, device=slots.device)
-        index = (self.anchored[:, None] + offsets).clamp(max=self.num_slots - 1)
+        index = (self.anchored[:, None] + offsets).clamp(max=slots.shape[1] - 1)
         rows = slots.gather(1, index[:, :, None, None].expand(-1, -1, *slots.shape[2:]))
         rows = rows.masked_fill(offsets[None, :, None, None] >= self.phase[:, None, None, None], 0)
         return rows.transpose(1, 2).contiguous()

@@ -1,5 +1,9 @@
 """The chunk form: rows on the grid, coefficients of all tiles at once, then a scan over tiles."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
 from torch import Tensor
 
 from . import coefficients
@@ -28,7 +32,7 @@ def _tile_width(inputs: Inputs, buffered: int) -> int:
     return chunk * max(1, min(SOLVE_TILE // chunk, chunks_needed))
 
 
-def _tiles(inputs: Inputs, grid: RowGrid, slots: list[Tensor], gates: Gates) -> Tensors:
+def _tiles(inputs: Inputs, grid: RowGrid, slots: Sequence[Tensor], gates: Gates) -> Tensors:
     options, ends = inputs.options, grid.ends()
     operands: list[Tensor | None] = [grid.tiles(x) for x in slots]
     step, log_decay, log_momentum = (None if gate is None else grid.tiles(gate).mT for gate in gates)
@@ -38,6 +42,40 @@ def _tiles(inputs: Inputs, grid: RowGrid, slots: list[Tensor], gates: Gates) -> 
     if uses_solve(inputs):
         operands += anchor_rows(all_layers, options.chunk_size, log_decay, options.decay_before_grad)
     return tuple(operands)
+
+
+class Slots(NamedTuple):
+    """A call laid out on the grid: `[B, S, H, D]` operands and gates."""
+
+    grid: RowGrid
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gates: Gates
+
+    @classmethod
+    def of(cls, inputs: Inputs, state: State | None, tile: Callable[[int], int]) -> "Slots":
+        """Lay out a call behind what its state has buffered; `tile` is asked with the most rows that can be."""
+        batch, time = inputs.q.shape[:2]
+        chunk = inputs.options.chunk_size
+        phase = None if state is None or chunk == 1 else state["phase"]
+        buffers = {} if phase is None else state
+        width = tile(0 if phase is None else chunk - 1)
+        grid = RowGrid(batch, time, chunk, width, inputs.mask, phase, inputs.q.device)
+        rows = buffered_gates(buffers)
+        return cls(
+            grid,
+            grid.arrange(inputs.q),
+            grid.arrange(inputs.k, buffers.get("keys")),
+            grid.arrange(inputs.v, buffers.get("values")),
+            Gates(*(None if x is None else grid.arrange(x, row) for x, row in zip(inputs.gates, rows))),
+        )
+
+    def state(self, inputs: Inputs, carry: tuple[Tensor, ...]) -> State:
+        """The state behind the call."""
+        k, v = (self.grid.tail(x).to(inputs.precision) for x in (self.k, self.v))
+        gates = Gates(*(None if gate is None else self.grid.tail(gate) for gate in self.gates))
+        return make_state(inputs, carry, k, v, gates, self.grid.phase)
 
 
 def chunk_form(inputs: Inputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
@@ -50,23 +88,10 @@ def chunk_form(inputs: Inputs, state: State | None, output_final_state: bool) ->
     Returns:
         outputs `[B, T, H, V]` in the working precision, and the final state.
     """
-    batch, time, heads, _ = inputs.q.shape
-    chunk = inputs.options.chunk_size
-    phase = None if state is None or chunk == 1 else state["phase"]
-    buffers = {} if phase is None else state
-    tile = _tile_width(inputs, 0 if phase is None else chunk - 1)
-    grid = RowGrid(batch, time, chunk, tile, inputs.mask, phase, inputs.q.device)
-
-    k = grid.arrange(inputs.k, buffers.get("keys"))
-    v = grid.arrange(inputs.v, buffers.get("values"))
-    rows = buffered_gates(buffers)
-    gates = Gates(*(None if x is None else grid.arrange(x, row) for x, row in zip(inputs.gates, rows)))
-    tiles = _tiles(inputs, grid, [grid.arrange(inputs.q), k, v], gates)
+    slots = Slots.of(inputs, state, partial(_tile_width, inputs))
+    tiles = _tiles(inputs, slots.grid, slots[1:4], slots.gates)
     if uses_solve(inputs):
         out, carry = scan(SolveRule(), tiles, inputs.base, carried(inputs, state))
     else:
         out, carry = scan(rule_of(inputs), tiles, shared_operands(inputs), carried(inputs, state))
-    if not output_final_state:
-        return grid.collect(out), None
-    tail = Gates(*(None if gate is None else grid.tail(gate) for gate in gates))
-    return grid.collect(out), make_state(inputs, carry, grid.tail(k), grid.tail(v), tail, grid.phase)
+    return slots.grid.collect(out), slots.state(inputs, carry) if output_final_state else None

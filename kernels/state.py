@@ -44,7 +44,7 @@ def carried(inputs: Inputs, state: State | None) -> tuple[Tensor, ...]:
     names = [f"{memory_name(inputs)}_{i}" for i in range(inputs.depth)]
     if state is not None:
         names += [f"momentum_{i}" for i in range(inputs.depth)] if has_momentum else []
-        return tuple(state[name].to(inputs.q.dtype) for name in names)
+        return tuple(state[name].to(inputs.precision) for name in names)
     starts = tuple(w.expand(batch, *w.shape) for w in inputs.weights)
     zeros = tuple(torch.zeros_like(w) for w in starts)
     offsets = zeros if inputs.options.decay_target == "init" else starts

@@ -11,7 +11,7 @@ from torch import Tensor
 State = dict[str, Tensor]
 """Recurrent state of an op: named tensors, each with the batch as leading dimension. See `kernels/state.py`."""
 
-FORMS = ("reference", "chunk")
+FORMS = ("reference", "chunk", "triton")
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "silu")
 DECAY_TARGETS = ("zero", "init")
 
@@ -52,7 +52,7 @@ class AnchoredOptions:
         activation: nonlinearity between the layers of a deep memory.
         decay_before_grad: take the gradient at the decayed memory (gated delta rule); plain linear memory, grid 1.
         eps: epsilon of the LayerNorm inside the memory.
-        form: `"reference"` or `"chunk"`; `None` lets the device of the tensors decide.
+        form: `"reference"`, `"chunk"` or `"triton"`; `None` lets the device of the tensors decide.
     """
 
     chunk_size: int = 16
@@ -79,7 +79,7 @@ class AnchoredOptions:
 
 
 class Inputs(NamedTuple):
-    """Checked operands of one call, upcast to the working precision (float32, or float64 for float64 inputs)."""
+    """Checked operands of one call; q, k and v share a dtype, everything else is in the working precision."""
 
     q: Tensor
     k: Tensor
@@ -106,6 +106,16 @@ class Inputs(NamedTuple):
         """What the memory decays towards; the state holds the difference to it."""
         return self.weights if self.options.decay_target == "init" else (None,) * self.depth
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Working precision: float32, or float64 for float64 inputs."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def upcast(self) -> "Inputs":
+        """The same with q, k and v in the working precision."""
+        q, k, v = (x.to(self.precision) for x in (self.q, self.k, self.v))
+        return self._replace(q=q, k=k, v=v)
+
     def gate_sets(self, gate: Tensor | None) -> tuple[Tensor | None, ...]:
         """Split `[..., G]` into one `[..., 1 or channels]` tensor per memory layer."""
         if gate is None:
@@ -128,7 +138,7 @@ def check_inputs(
     mask: Tensor | None,
     options: AnchoredOptions,
 ) -> Inputs:
-    """Validate shapes and option combinations with one-sentence errors, and upcast to the working precision."""
+    """Validate shapes and option combinations with one-sentence errors; gates and weights to the working precision."""
     if q.dim() != 4:
         raise ValueError(f"`q` must be [batch, time, heads, width], got {q.dim()} dimensions.")
     batch, time, heads, key_width = q.shape
@@ -158,15 +168,16 @@ def check_inputs(
         _expect("mask", mask, (batch, time))
         mask = mask.bool()
 
-    dtype = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
+    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = torch.promote_types(common, torch.float32)
 
     def up(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(dtype)
 
     return Inputs(
-        up(q),
-        up(k),
-        up(v),
+        q.to(common),
+        k.to(common),
+        v.to(common),
         Gates(*map(up, gates)),
         tuple(map(up, weights)),
         None if norm is None else Norm(*map(up, norm)),
