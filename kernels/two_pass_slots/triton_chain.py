@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 
 from ..anchored_linear.triton_tiles import load_matrix, load_slots, store_matrix, store_slots
+from ..compiled import KernelEntry, Target
+from .plan import entries
 from .triton_maps import code, code_vjp
 
 
@@ -46,8 +48,8 @@ def chain_backward_kernel(
 ):  # fmt: skip
     """Gradients of what is written, targets, coefficients and start.
 
-    `cot_directions`, `cot_states` and `cot_written` hold what the reads of the same chunk have brought; the last one is
-    completed in place.
+    `cot_directions`, `cot_states` and `cot_written` hold what the reads of the same chunk have brought; the last one
+    is completed in place.
     """
     series = tl.program_id(0).to(tl.int64)
     row, head = series // (2 * H), series % (2 * H)
@@ -77,3 +79,8 @@ def chain_backward_kernel(
         cot_memory = tl.load(ends + index * 4) * cot_memory + tl.dot(tl.trans(cot_z), w, input_precision=PRECISION)
         cot_memory += load_matrix(cot_states + index * M * D, 0, 0, M, D, MB, DB)
     store_matrix(cot_start + series * M * D, cot_memory, 0, 0, M, D, MB, DB)
+
+
+def compile_entries(target: Target) -> list[KernelEntry]:
+    """The default sizes in both precisions, and the widest memory."""
+    return entries((chain_kernel, chain_backward_kernel), chain=True)

@@ -7,25 +7,23 @@ from ..coefficients_triton import tile_coefficients
 from ..grid import RowGrid
 from ..types import State
 from .inputs import SlotInputs
+from .plan import LARGEST_MEMORY, WIDEST_CHUNK, memory_size
 from .state import buffered_gates, carried, make_state
 from .triton_op import slot_scan
 
 
-WIDEST_CHUNK = 64
-WIDEST_MEMORY = 128
-
-
 def unsupported(inputs: SlotInputs) -> str | None:
     """Why the kernels cannot compute a call, as the end of a sentence; `None` if they can."""
-    options, widest = inputs.options, max(inputs.q.shape[-1], inputs.targets.shape[-1])
+    options, slots, width = inputs.options, inputs.targets.shape[-1], inputs.q.shape[-1]
     if inputs.q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"not for {inputs.q.dtype}"
     if options.write_map == "identity":
         return "not for write_map='identity'"
     if options.refinements:
         return "not for refinements"
-    if widest > WIDEST_MEMORY:
-        return f"up to a width and a number of slots of {WIDEST_MEMORY}, not for {widest}"
+    largest = LARGEST_MEMORY[inputs.q.element_size()]
+    if memory_size(slots, width) > largest:
+        return f"for up to {largest} elements of a memory in {inputs.q.dtype}, not for {slots} slots of width {width}"
     if options.chunk_size > WIDEST_CHUNK:
         return f"for chunks of up to {WIDEST_CHUNK} tokens, not for chunk_size={options.chunk_size}"
     return None

@@ -6,10 +6,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..anchored_linear.plan import power_of_two
-from ..coefficients_triton import TileCoefficients, block_of
+from ..coefficients_triton import TileCoefficients
 from ..launch import differentiable_op, dot_precision, launch
 from .inputs import SlotOptions
+from .plan import blocks
 from .triton_chain import chain_backward_kernel, chain_kernel
 from .triton_read import read_backward_kernel, read_kernel
 
@@ -24,10 +24,11 @@ class _Call:
     width: int
     slots: int
     tile: int
+    itemsize: int
 
     @classmethod
     def of(cls, q: Tensor, targets: Tensor, chunk_size: int) -> "_Call":
-        return cls(*q.shape, targets.shape[-1], chunk_size)
+        return cls(*q.shape, targets.shape[-1], chunk_size, q.element_size())
 
     @property
     def num_tiles(self) -> int:
@@ -42,21 +43,8 @@ class _Call:
         return like.new_empty(self.batch, 2 * self.heads, self.num_tiles, *shape, dtype=dtype)
 
     def constants(self, name: str, eps: float) -> dict[str, int | str | float]:
-        widths = power_of_two(self.slots), power_of_two(self.width)
-        return {
-            "M": self.slots,
-            "D": self.width,
-            "MB": widths[0],
-            "DB": widths[1],
-            "TILE": self.tile,
-            "BLOCK": block_of(self.tile),
-            "MAP": name,
-            "EPS": eps,
-            "PRECISION": dot_precision(torch.float32),
-            # A memory of 128 x 128 takes half of the registers of four warps.
-            "num_warps": 8 if widths[0] * widths[1] > 64 * 64 else 4,
-            "num_stages": 2,
-        }
+        cut = blocks(self.slots, self.width, self.tile, self.itemsize)
+        return cut | {"MAP": name, "EPS": eps, "PRECISION": dot_precision(torch.float32)}
 
 
 def slot_scan(
@@ -77,10 +65,9 @@ def slot_scan(
     """
     # A head has one set of gates here.
     grad, rows, ends = (x.squeeze(2) for x in coefficients)
-    return _scan(
-        q.contiguous(), written.contiguous(), targets.contiguous(), grad, rows, ends, start.contiguous(),
-        options.chunk_size, options.write_map, options.write_eps, options.read_map, options.read_eps, options.hypergrad,
-    )  # fmt: skip
+    function = (options.write_map, options.write_eps, options.read_map, options.read_eps, options.hypergrad)
+    q, written, targets, start = (x.contiguous() for x in (q, written, targets, start))
+    return _scan(q, written, targets, grad, rows, ends, start, options.chunk_size, *function)
 
 
 def _states(

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 
 from ..anchored_linear.triton_tiles import load_matrix, load_slots, store_matrix, store_slots, tile_of
+from ..compiled import KernelEntry, Target
+from .plan import entries
 from .triton_maps import map_value, map_vjp
 
 
@@ -64,7 +66,7 @@ def read_backward_kernel(
     u_k = load_matrix(directions + first * BLOCK * M, 0, 0, BLOCK, M, BLOCK, MB)
     g_k = load_matrix(grad + first * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
     beta_k = tl.load(rows + first * 4 * BLOCK + t)[:, None]
-    found, asked = _found(queries, k, keys, u_k, beta_k, g_k, PRECISION)
+    found, _ = _found(queries, k, keys, u_k, beta_k, g_k, PRECISION)
     weights = map_value(found, M, MB, MAP, EPS)
     r = weights.to(k.dtype)
 
@@ -89,6 +91,13 @@ def read_backward_kernel(
     cot_u = tl.dot(tl.trans(mixed), r, input_precision=PRECISION)
     store_matrix(cot_directions + second * BLOCK * M, cot_u, 0, 0, BLOCK, M, BLOCK, MB)
 
+    # Loaded again: kept over all of the above they would not fit into registers.
+    queries = load_slots(q, row, head, tile, 0, num_tokens, H, D, TILE, BLOCK, DB)
+    k = load_slots(written, row, head, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB)
+    keys = load_matrix(states + first * M * D, 0, 0, M, D, MB, DB)
+    u_k = load_matrix(directions + first * BLOCK * M, 0, 0, BLOCK, M, BLOCK, MB)
+    g_k = load_matrix(grad + first * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
+    beta_k = tl.load(rows + first * 4 * BLOCK + t)[:, None]
     cot_found = map_vjp(found, cot_r, M, MB, MAP, EPS)
     cot = cot_found.to(k.dtype)
     back = tl.dot(cot, keys, input_precision=PRECISION)
@@ -96,6 +105,7 @@ def read_backward_kernel(
     read = tl.trans((beta_k * cot_found).to(k.dtype))
     store_matrix(cot_states + first * M * D, tl.dot(read, queries, input_precision=PRECISION), 0, 0, M, D, MB, DB)
     cot_weights = tl.dot(cot, tl.trans(u_k), input_precision=PRECISION)
+    asked = tl.dot(queries, tl.trans(k), input_precision=PRECISION)
     store_matrix(cot_grad + first * BLOCK * BLOCK, cot_weights * asked, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
     mixed = (cot_weights * g_k).to(k.dtype)
     cot_queries = beta_k * back + tl.dot(mixed, k, input_precision=PRECISION)
@@ -104,3 +114,8 @@ def read_backward_kernel(
     store_slots(cot_written, cot_k, row, head, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB)
     cot_u = tl.dot(tl.trans((asked * g_k).to(k.dtype)), cot, input_precision=PRECISION)
     store_matrix(cot_directions + first * BLOCK * M, cot_u, 0, 0, BLOCK, M, BLOCK, MB)
+
+
+def compile_entries(target: Target) -> list[KernelEntry]:
+    """The default sizes in both precisions, and the widest memory."""
+    return entries((read_kernel, read_backward_kernel), chain=False)
