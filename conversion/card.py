@@ -1,22 +1,26 @@
-"""The model card (README.md) of a converted model."""
+"""What a card says of a conversion: teacher, recipe, figures. The card itself is `hf_memory.hub.cards`."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from hf_memory.conversion.report import Report, listed, markdown_table, notes
+from hf_memory._cli.loading import load_config
+from hf_memory.conversion.data import looks_like_a_path
+from hf_memory.conversion.recipe import Recipe
+from hf_memory.conversion.report import Report, markdown_table, notes, shortcomings
+from hf_memory.hub import cards
+from hf_memory.hub.remote_code import EXPORTABLE
 
 
-# In a checkout the folder `model_cards` lies beside `conversion`, in a wheel beside `hf_memory/conversion`.
-TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "memory_hybrid.md"
-_INHERITED = ("license", "license_name", "license_link", "language")
+RECIPE = "recipe.yaml"
 # Entries of a recipe that may be paths.
 _PATHS = ("teacher", "data", "held_out")
 _STAGES = {
@@ -29,52 +33,106 @@ def write_card(
     folder: Path | str,
     *,
     config: Any,
-    teacher: str,
+    teacher: str | None = None,
     recipe: Mapping[str, Any] | None = None,
     report: Report | None = None,
     revision: str | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> Path:
     """
-    Write `README.md` of a saved model.
+    Write `README.md` of a saved model from what is known of its conversion and of its figures.
 
     The card names no path of this machine: a teacher or a text that is given as a path goes by the name of its folder
     or file.
 
     Args:
         folder: where the model was saved. Its `*.py` and `report.png` are mentioned if they are there.
-        config: the model's `MemoryHybridConfig`.
+        config: the model's configuration.
         teacher: path or Hub id of the teacher. Its own card's license and language are taken over if it states them
-            and is at hand without a download.
+            and is at hand without a download. Default: that of the recipe; a model without one was not converted.
         recipe: plain values of the recipe. Default: left out.
         report: see `hf_memory.conversion.report`. Default: the card says that nothing was measured.
         revision: branch, tag or commit of a teacher on the Hub.
+        metadata: entries of the header that win over what is found, see `hf_memory.hub.cards.write_card`.
 
     Returns:
         The file written.
     """
-    folder = Path(folder)
-    name, is_hub = teacher_name(teacher)
-    report = report or {}
-    data = _metadata(folder.name, name, is_hub, _inherited(teacher, is_hub, revision), config, report)
-    card = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        title=f"{name} with {_memory_name(config)} memory",
-        summary=_summary(name, is_hub, config),
-        repository=folder.name,
-        has_code=any(folder.glob("*.py")),
-        history=_history(recipe, report),
-        recipe=yaml.safe_dump(_without_paths(recipe), sort_keys=False, allow_unicode=True).strip() if recipe else "",
-        table=markdown_table(report) if report.get("models") else "",
-        notes=notes(report) if report.get("models") else [],
-        picture=(folder / "report.png").is_file(),
-        picture_text="loss of every stage, held-out loss by position, size of the cache",
-        limits=_limits(config, report),
+    folder, report = Path(folder), report or {}
+    teacher = teacher or (recipe or {}).get("teacher")
+    found, named, title = {}, "", None
+    if teacher is not None:
+        name, is_hub = teacher_name(teacher)
+        found = _inherited(teacher, is_hub, revision)
+        if is_hub:
+            found |= {"base_model": name, "base_model_relation": "finetune"}
+        named = f"[{name}](https://huggingface.co/{name})" if is_hub else f"`{name}`"
+        if _is_hybrid(config) and config.memory_layers:
+            title = f"{name} with {config.memory['model_type'].capitalize()} memory"
+    if datasets := _datasets(recipe):
+        found["datasets"] = datasets
+    shown = yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True).strip() if recipe else ""
+    return cards.write_card(
+        folder,
+        config,
+        title=title,
+        metadata=found | {key: value for key, value in (metadata or {}).items() if value},
+        made=cards.Made(teacher=named, history=_history(config, recipe, report), recipe=shown),
+        measured=_measured(folder, report),
     )
-    beside = folder / ".README.md.part"
-    beside.write_text(str(card), encoding="utf-8")
-    os.replace(beside, folder / "README.md")
-    return folder / "README.md"
+
+
+def refill_card(folder: Path | str, metadata: Mapping[str, Any] | None = None, replace: bool = False) -> Path:
+    """
+    Write `README.md` of a saved model from the files in its folder: `config.json`, and where they are `report.json`,
+    `recipe.yaml`, and the header of the card that is there.
+
+    Args:
+        folder: of the model.
+        metadata: entries of the header that win over those of the card that is there.
+        replace: whether a card that was written by hand may be replaced.
+
+    Raises:
+        UserError: for a folder that holds no model.
+        CardError: for a model of another library, a file that cannot be read, or a card that was written by hand.
+    """
+    folder = Path(folder)
+    config = load_config(str(folder))
+    if config.model_type not in EXPORTABLE:
+        raise cards.CardError(
+            f"{str(folder)!r} holds a {config.model_type} model: cards are filled for {', '.join(EXPORTABLE)}."
+        )
+    readme = folder / "README.md"
+    if readme.is_file() and not replace and not cards.is_ours(readme):
+        raise cards.CardError(f"{str(readme)!r} was written by hand: pass --force to put a filled card in its place.")
+    report, recipe = _read(folder / "report.json", json.loads), _read(folder / RECIPE, yaml.safe_load)
+    if report and not isinstance(report.get("models"), dict):
+        raise cards.CardError(f"{str(folder / 'report.json')!r} is no report of hf-memory: it has no `models`.")
+    return write_card(
+        folder, config=config, recipe=recipe, report=report, metadata=cards.read_metadata(readme) | (metadata or {})
+    )
+
+
+def write_recipe(folder: Path | str, recipe: Mapping[str, Any]) -> Path:
+    """Write `recipe.yaml` of a converted model, for its card and for whoever wants to do the same."""
+    file = Path(folder) / RECIPE
+    beside = file.with_name(f".{RECIPE}.partial")
+    text = yaml.safe_dump(without_paths(recipe), sort_keys=False, allow_unicode=True)
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
+    return file
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        found = parse(file.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        found = None
+    if not isinstance(found, dict):
+        raise cards.CardError(f"{str(file)!r} cannot be read: remove it, or put it right.")
+    return found
 
 
 def teacher_name(teacher: str) -> tuple[str, bool]:
@@ -95,29 +153,31 @@ def _inherited(teacher: str, is_hub: bool, revision: str | None) -> dict[str, An
         file = Path(found) if isinstance(found, str) else None
     else:
         file = Path(teacher).expanduser() / "README.md"
-    if file is None or not file.is_file():
-        return {}
+    return cards.read_metadata(file, cards.INHERITED) if file is not None else {}
+
+
+def _datasets(recipe: Mapping[str, Any] | None) -> list[str]:
+    """Those texts of a recipe that are data sets on the Hub."""
+    sources = (recipe or {}).get("data") or []
+    sources = [sources] if isinstance(sources, str) else sources
+    return [source.split(":")[0] for source in sources if not (looks_like_a_path(source) or Path(source).exists())]
+
+
+def _measured(folder: Path, report: Report) -> cards.Measured:
+    if not report.get("models"):
+        return cards.Measured()
     try:
-        data = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError):
-        # A card without readable metadata states nothing.
-        return {}
-    return {key: data[key] for key in _INHERITED if data.get(key)}
-
-
-def _metadata(
-    model_name: str, teacher: str, is_hub: bool, inherited: dict[str, Any], config: Any, report: Report
-) -> ModelCardData:
-    base = {"base_model": teacher, "base_model_relation": "finetune"} if is_hub else {}
-    return ModelCardData(
-        model_name=model_name,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["hf-memory", config.model_type, config.memory["model_type"], config.base_model_type, "memory"],
-        eval_results=_results(report) or None,
-        **base,
-        **inherited,
-    )
+        return cards.Measured(
+            table=markdown_table(report),
+            notes=notes(report),
+            worse=shortcomings(report),
+            results=_results(report),
+            picture="report.png" if (folder / "report.png").is_file() else "",
+            picture_text="loss of every stage, held-out loss by position, size of the cache",
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        # A file that somebody changed.
+        raise cards.CardError(f"The report in {folder.name!r} does not have the form of a report.") from error
 
 
 def _results(report: Report) -> list[EvalResult]:
@@ -143,30 +203,14 @@ def _results(report: Report) -> list[EvalResult]:
     ]
 
 
-def _memory_name(config: Any) -> str:
-    return config.memory["model_type"].capitalize()
+def _is_hybrid(config: Any) -> bool:
+    return config.model_type == "memory_hybrid"
 
 
-def _summary(teacher: str, is_hub: bool, config: Any) -> str:
-    named = f"[{teacher}](https://huggingface.co/{teacher})" if is_hub else f"`{teacher}`"
-    layers, count = config.memory_layers, config.num_hidden_layers
-    if not layers:
-        return f"{named} as a hybrid model of which no layer is converted: the same function under another name."
-    memory = f"a {_memory_name(config)} memory"
-    where = f"{listed('layer', layers)} of {count} (counted from 0)"
-    if config.memory_mode == "replace":
-        return (
-            f"{named} with {memory} in place of the self-attention of {where}. Everything else is built as in the "
-            "teacher."
-        )
-    return (
-        f"{named} with {memory} beside the self-attention of {where}, which sees {config.memory_window:,} tokens "
-        "only. Everything else is built as in the teacher."
-    )
-
-
-def _history(recipe: Mapping[str, Any] | None, report: Report) -> str:
-    sentences = ["The memories start from the projections of the attention that they replace or accompany."]
+def _history(config: Any, recipe: Mapping[str, Any] | None, report: Report) -> str:
+    sentences = []
+    if _is_hybrid(config) and config.memory_layers:
+        sentences.append("The memories start from the projections of the attention that they replace or accompany.")
     for stage in (recipe or {}).get("stages", []):
         if description := _STAGES.get(stage.get("name")):
             budget = f" ({stage['tokens']:,} tokens, learning rate {stage['lr']:g})" if stage.get("tokens") else ""
@@ -178,30 +222,16 @@ def _history(recipe: Mapping[str, Any] | None, report: Report) -> str:
     return " ".join(sentences)
 
 
-def _limits(config: Any, report: Report) -> list[str]:
-    kept = config.num_hidden_layers - len(config.memory_layers)
-    limits = []
-    if kept:
-        limits.append(
-            f"{kept} of {config.num_hidden_layers} layers keep their attention: their key/value cache grows with "
-            "every token, and so does the work per token."
-        )
-    if report.get("models"):
-        limits.append(
-            "The figures above are all that was measured. Nothing is claimed about other text or longer context."
-        )
-    limits.append("What the teacher is unfit for, this model is unfit for too; its license and terms go on to apply.")
-    return limits
-
-
-def _without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _named(value) if key in _PATHS else value for key, value in recipe.items() if key != "output"}
+def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe for others: a path is `./` and its last part, and what has no effect on the weights is left out."""
+    kept = {key: value for key, value in recipe.items() if key not in Recipe.WITHOUT_EFFECT}
+    return {key: _named(value) if key in _PATHS else value for key, value in kept.items()}
 
 
 def _named(value: Any) -> Any:
     """A path by its last part; ids of the Hub and everything else as they are."""
     if isinstance(value, (list, tuple)):
         return [_named(item) for item in value]
-    if isinstance(value, str) and (value.startswith(("/", ".", "~")) or "\\" in value or Path(value).exists()):
-        return Path(value).expanduser().resolve().name
+    if isinstance(value, str) and (looks_like_a_path(value) or "\\" in value or Path(value).exists()):
+        return f"./{Path(value).expanduser().resolve().name}"
     return value

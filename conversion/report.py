@@ -21,7 +21,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ from hf_memory.conversion.evaluate import (
     evaluate_models,
 )
 from hf_memory.conversion.report_plot import plot
+from hf_memory.hub.cards import listed
 
 
 if TYPE_CHECKING:
@@ -189,7 +190,58 @@ def notes(report: Report) -> list[str]:
     found += report.get("notes", [])
     if where := report.get("environment"):
         versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "transformers", "hf_memory"))
-        found.append(f"Measured on {where['device']}; {versions}.")
+        dtype = f" in {where['dtype']}" if "dtype" in where else ""
+        found.append(f"Measured{dtype} on {where['device']}; {versions}.")
+    return found
+
+
+def shortcomings(report: Report) -> list[str]:
+    """Sentences on everything that was measured in which the student is worse than the reference."""
+    student, name = report["models"].get(report.get("student", "student")), report.get("reference", "teacher")
+    reference = report["models"].get(name)
+    if student is None or reference is None or student is reference:
+        return []
+    found = []
+    for key, unit in (("bits_per_byte", "byte"), ("bits_per_token", "token")):
+        own, others = _whole(student).get(key), _whole(reference).get(key)
+        if own is not None and others is not None:
+            found += _loss_shortcomings(student, reference, name, key, unit)
+            break
+    agreement = _whole(student).get("agreement")
+    if agreement is not None and agreement < 1:
+        found.append(f"At {1 - agreement:.1%} of the tokens another next token is likeliest than with the {name}.")
+    for speed in student.get("speed", []):
+        own = speed.get("tokens_per_second")
+        others = _at(reference.get("speed", []), "context", speed["context"]).get("tokens_per_second")
+        if own is not None and others is not None and own < others:
+            found.append(
+                f"Behind {speed['context']:,} tokens it decodes {own:,.0f} tokens/s, the {name} {others:,.0f} "
+                f"({1 - own / others:.0%} slower)."
+            )
+    for tokens in CACHE_CONTEXTS:
+        own, others = (_cache_bytes(_at(model.get("cache", []), "tokens", tokens)) for model in (student, reference))
+        if others and own > others:
+            sizes = f"{readable_size(own)} against {readable_size(others)}"
+            found.append(f"At {tokens:,} tokens its cache is larger: {sizes}.")
+    own, others = student.get("parameters"), reference.get("parameters")
+    if own and others and own > others:
+        found.append(f"It has {own / others - 1:.0%} more parameters.")
+    return found
+
+
+def _loss_shortcomings(student: dict, reference: dict, name: str, key: str, unit: str) -> list[str]:
+    own, others = _whole(student)[key], _whole(reference)[key]
+    found = []
+    if own > others > 0:
+        found.append(
+            f"It needs {own / others - 1:.1%} more bits than the {name}: {own:.4f} against {others:.4f} per {unit}."
+        )
+    parts = [pair for pair in zip(_parts(student), _parts(reference)) if None not in (part.get(key) for part in pair)]
+    mine, theirs = max(parts, key=lambda pair: pair[0][key] - pair[1][key], default=({key: 0}, {key: 0}))
+    # The whole says it already, unless this part is worse than that.
+    if mine[key] - theirs[key] > max(own - others, 0):
+        where = f"tokens {mine['start']:,} to {mine['end'] - 1:,} of a text"
+        found.append(f"It is furthest behind over {where}: {mine[key]:.4f} against {theirs[key]:.4f} bits per {unit}.")
     return found
 
 
@@ -244,18 +296,16 @@ def _bytes_per_token(model: dict[str, Any]) -> int:
     return (last["kv_bytes"] - before["kv_bytes"]) // (last["tokens"] - before["tokens"])
 
 
-def listed(noun: str, numbers: Iterable[int]) -> str:
-    """`"layer 3"`, `"layers 1, 3 and 5"`, and nothing for none."""
-    *others, last = [str(number) for number in numbers] or [""]
-    return f"{noun}s {', '.join(others)} and {last}" if others else f"{noun} {last}" if last else ""
-
-
 def _whole(model: dict[str, Any]) -> dict[str, Any]:
     return model.get("quality", {}).get("whole", {})
 
 
 def _parts(model: dict[str, Any]) -> list[dict[str, Any]]:
     return model.get("quality", {}).get("parts", [])
+
+
+def _cache_bytes(size: dict[str, Any]) -> int:
+    return size.get("kv_bytes", 0) + size.get("memory_bytes", 0)
 
 
 def _at(entries: list[dict[str, Any]], key: str, value: int) -> dict[str, Any]:

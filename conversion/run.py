@@ -224,7 +224,7 @@ class _Conversion:
     def _assemble(
         self, final: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
     ) -> None:
-        from hf_memory.conversion.card import write_card
+        from hf_memory.conversion.card import write_card, write_recipe
         from hf_memory.conversion.report import write_report
 
         folder, recipe = self.work.model, self.recipe
@@ -242,11 +242,9 @@ class _Conversion:
             from hf_memory.hub.remote_code import export_remote_code
 
             export_remote_code(final, folder)
-        values = {key: value for key, value in recipe.to_dict().items() if key not in Recipe.WITHOUT_EFFECT}
+        write_recipe(folder, recipe.to_dict())
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
-        write_card(
-            folder, config=final.config, teacher=recipe.teacher, recipe=values, report=report, revision=revision
-        )
+        write_card(folder, config=final.config, recipe=recipe.to_dict(), report=report, revision=revision)
 
     def _report(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Teacher and saved student measured on the held-out blocks."""

@@ -281,9 +281,7 @@ class Demo:
         """The comparison in the student's own folder, in the place of the first look."""
         folder, recipe = Path(self.recipe.output), self.recipe.to_dict()
         write_report(report, folder, self.console)
-        write_card(
-            folder, config=AutoConfig.from_pretrained(folder), teacher=recipe["teacher"], recipe=recipe, report=report
-        )
+        write_card(folder, config=AutoConfig.from_pretrained(folder), recipe=recipe, report=report)
 
     def _measure(self, folders: dict[str, Path]) -> tuple[dict[str, Any], str]:
         recipe = self.recipe
@@ -317,7 +315,7 @@ class Demo:
             "curves": stage_curves(folders),
             "baselines": baselines(Path(recipe.held_out) if self.library else None, corpus.held_out, tokenizer),
             "notes": remarks(measured, self.library),
-            "environment": environment(),
+            "environment": environment() | {"dtype": "float32"},
         }
         return report, prompt_of(tokenizer.decode(blocks[len(blocks) // 2].tolist(), skip_special_tokens=True))
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Self
+from typing import Self, TypeVar
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
@@ -11,11 +11,14 @@ from transformers.configuration_utils import PreTrainedConfig
 from hf_memory.cache_layers import LAYER_CLASSES, STATIC_LAYER_CLASSES, MemoryStatesMixin, fix_address
 
 
-def memory_layer(past_key_values: Cache | None, layer_idx: int) -> MemoryStatesMixin | None:
+Layer = TypeVar("Layer", bound=MemoryStatesMixin)
+
+
+def memory_layer(past_key_values: Cache | None, layer_idx: int, kind: type[Layer] = MemoryStatesMixin) -> Layer | None:
     """Layer of a cache that a mixer may use, or `None` without a cache.
 
     Raises:
-        ValueError: if the cache has no memory layer at this index.
+        ValueError: if the cache has no memory layer at this index, or one of another kind.
     """
     if past_key_values is None:
         return None
@@ -25,7 +28,13 @@ def memory_layer(past_key_values: Cache | None, layer_idx: int) -> MemoryStatesM
             f"Layer {layer_idx} needs a cache with memory states, but `past_key_values` is a "
             f"{type(past_key_values).__name__} without them: pass a `MemoryCache(config)`, or none at all."
         )
-    return layers[layer_idx]
+    layer = layers[layer_idx]
+    if not isinstance(layer, kind):
+        raise ValueError(
+            f"Layer {layer_idx} needs a {kind.__name__}, `past_key_values` has a {type(layer).__name__} there: a "
+            "cache continues only the model that it was made for."
+        )
+    return layer
 
 
 class MemoryCacheMixin:

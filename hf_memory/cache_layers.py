@@ -1,12 +1,14 @@
 """Layers of a memory cache: named states of fixed size, and where attention runs beside a memory, its window.
 
 A memory layer stores named tensors with the batch in front. What they mean is the business of the mixer that wrote
-them. Two kinds of layer exist, each with a static twin that keeps the addresses of its tensors for compiled decoding:
+them. Each kind of layer has a static twin that keeps the addresses of its tensors for compiled decoding:
 
 | `layer_types` | keeps |
 |---|---|
 | `"linear_attention"` | states |
-| `"hybrid_sliding"` | states, and keys and values of the last `sliding_window - 1` valid tokens |
+| `"hybrid"` | states, keys and values of one segment of the text among them, and the keys and values of a prefix |
+| `"hybrid_sliding"` | states, keys and values of the last `sliding_window - 1` valid tokens, and those of a prefix |
+| `"sliding_attention"` | the same without states |
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from hf_memory.configuration import MEMORY, MEMORY_SLIDING
+from hf_memory.configuration import MEMORY, MEMORY_SEGMENT, MEMORY_SLIDING, SLIDING
 
 
 States = dict[str, Tensor]
@@ -47,7 +49,7 @@ class MemoryStatesMixin(CacheLayerMixin):
 
     def check_rows(self, rows: int) -> None:
         """Raise a `ValueError` unless the layer is empty or holds this many rows."""
-        cached = next(iter(self.states.values())).shape[0] if self.has_states else rows
+        cached = next(self.tensors()).shape[0] if self.has_states else rows
         if cached != rows:
             raise ValueError(
                 f"`past_key_values` holds {cached} rows, the input has {rows}: bring it to that number with "
@@ -55,11 +57,14 @@ class MemoryStatesMixin(CacheLayerMixin):
             )
 
     def update_states(self, states: States, num_tokens: int) -> None:
-        """Replace the states by those after `num_tokens` more tokens (padded ones included)."""
+        """Replace the states (if any) by those after `num_tokens` more tokens (padded ones included)."""
         self.states = self.states | {name: self._replace(self.states.get(name), new) for name, new in states.items()}
-        self.device = next(iter(states.values())).device
+        self.device = self._device_of(states)
         self.has_states = self.is_initialized = True
         self._count(num_tokens)
+
+    def _device_of(self, states: States) -> torch.device | None:
+        return next((state.device for state in states.values()), self.device)
 
     def _count(self, num_tokens: int) -> None:
         self.seq_length += num_tokens
@@ -158,7 +163,7 @@ class StaticStatesMixin(MemoryStatesMixin):
     def update_states(self, states: States, num_tokens: int) -> None:
         """Write the states after `num_tokens` more tokens into their buffers."""
         if not self.is_initialized:
-            self.seq_length = fix_address(self.seq_length.to(next(iter(states.values())).device))
+            self.seq_length = fix_address(self.seq_length.to(self._device_of(states)))
         super().update_states(states, num_tokens)
 
     def _count(self, num_tokens: int) -> None:
@@ -220,15 +225,57 @@ class StaticMemoryCacheLayer(StaticStatesMixin, MemoryCacheLayer):
     """Static twin of `MemoryCacheLayer`."""
 
 
-class MemorySlidingCacheLayer(MemoryStatesMixin):
-    """Layer that keeps states (`MEMORY_SLIDING`) beside a window of keys and values.
+class PrefixMixin(MemoryStatesMixin):
+    """Keys and values `[1, H, N, D]` of a learned prefix, kept because they cost as much to project as N tokens."""
+
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.prefix: tuple[Tensor, Tensor] | None = None
+        self.has_prefix = False
+
+    def set_prefix(self, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values of the prefix for the next call."""
+        old_keys, old_values = self.prefix or (None, None)
+        self.prefix = (self._replace(old_keys, keys), self._replace(old_values, values))
+        self.has_prefix = True
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors that the layer holds."""
+        yield from super().tensors()
+        yield from self.prefix or ()
+
+    def reset(self) -> None:
+        """Forget everything: the next token meets the learned start."""
+        super().reset()
+        self.prefix = None
+        self.has_prefix = False
+
+
+class MemorySegmentCacheLayer(PrefixMixin, MemoryCacheLayer):
+    """Layer of a mixer that reads its text in segments (`MEMORY_SEGMENT`).
+
+    Keys and values of a segment are states like any other: they have their full size from the first token on, each row
+    fills them at its own pace, and they are cleared when the row's segment ends.
+    """
+
+
+class StaticMemorySegmentCacheLayer(StaticStatesMixin, MemorySegmentCacheLayer):
+    """Static twin of `MemorySegmentCacheLayer`."""
+
+    def reset(self) -> None:
+        """Forget everything, but keep the buffers."""
+        super().reset()
+        self.has_prefix = False
+
+
+class MemorySlidingCacheLayer(PrefixMixin):
+    """Layer that keeps a window of keys and values, beside states (`MEMORY_SLIDING`) or alone (`SLIDING`).
 
     The window holds the last `sliding_window - 1` *valid* tokens of each row: a padded token takes no slot, so that no
     padding, wherever it is, shortens what a row can attend to. Rows may therefore hold tokens from different columns
     of the input; `key_positions` says which token of its row each key is.
 
-    Keys and values are `[B, H, S, D]`, positions `[B, S]` int64 (-1 for an empty slot). Keys and values of a learned
-    prefix, `[1, H, N, D]`, are kept beside them, since they cost as much to project as N tokens.
+    Keys and values are `[B, H, S, D]`, positions `[B, S]` int64 (-1 for an empty slot).
     """
 
     is_compileable = False
@@ -240,8 +287,6 @@ class MemorySlidingCacheLayer(MemoryStatesMixin):
         self.num_slots = 0 if sliding_window is None else sliding_window - 1
         self.num_initial_slots = 0
         self.key_positions: Tensor | None = None
-        self.prefix: tuple[Tensor, Tensor] | None = None
-        self.has_prefix = False
 
     def slots(self, device: torch.device) -> Tensor:
         """Positions of the cached keys, `[B or 1, S]`, -1 for an empty slot."""
@@ -309,15 +354,9 @@ class MemorySlidingCacheLayer(MemoryStatesMixin):
         """Width of the window."""
         return -1 if self.sliding_window is None else self.sliding_window
 
-    def set_prefix(self, keys: Tensor, values: Tensor) -> None:
-        """Keep keys and values `[1, H, N, D]` of the learned prefix for the next call."""
-        old_keys, old_values = self.prefix or (None, None)
-        self.prefix = (self._replace(old_keys, keys), self._replace(old_values, values))
-        self.has_prefix = True
-
     def tensors(self) -> Iterator[Tensor]:
         """All tensors that the layer holds."""
-        yield from super().tensors()
+        yield from self.states.values()
         if self.keys is not None:
             yield from (self.keys, self.values, self.key_positions)
         yield from self.prefix or ()
@@ -330,8 +369,7 @@ class MemorySlidingCacheLayer(MemoryStatesMixin):
     def reset(self) -> None:
         """Forget everything: the next token meets the learned start and an empty window."""
         super().reset()
-        self.keys = self.values = self.key_positions = self.prefix = None
-        self.has_prefix = False
+        self.keys = self.values = self.key_positions = None
 
 
 class StaticMemorySlidingCacheLayer(StaticStatesMixin, MemorySlidingCacheLayer):
@@ -359,8 +397,18 @@ class StaticMemorySlidingCacheLayer(StaticStatesMixin, MemorySlidingCacheLayer):
             self.keys = self.values = self.key_positions = None
 
 
-LAYER_CLASSES = {MEMORY: MemoryCacheLayer, MEMORY_SLIDING: MemorySlidingCacheLayer}
-STATIC_LAYER_CLASSES = {MEMORY: StaticMemoryCacheLayer, MEMORY_SLIDING: StaticMemorySlidingCacheLayer}
+LAYER_CLASSES = {
+    MEMORY: MemoryCacheLayer,
+    MEMORY_SEGMENT: MemorySegmentCacheLayer,
+    MEMORY_SLIDING: MemorySlidingCacheLayer,
+    SLIDING: MemorySlidingCacheLayer,
+}
+STATIC_LAYER_CLASSES = {
+    MEMORY: StaticMemoryCacheLayer,
+    MEMORY_SEGMENT: StaticMemorySegmentCacheLayer,
+    MEMORY_SLIDING: StaticMemorySlidingCacheLayer,
+    SLIDING: StaticMemorySlidingCacheLayer,
+}
 
 
 def window_positions(

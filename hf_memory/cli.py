@@ -1,4 +1,4 @@
-"""The command line: `hf-memory generate | info | doctor | check | convert`.
+"""The command line: `hf-memory generate | info | doctor | check | convert | card | push`.
 
 Exits with 1 if a check failed, 2 on wrong input.
 """
@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_memory._cli import convert as conversion
+from hf_memory._cli import hub
 from hf_memory._cli.state_size import readable_size
 
 
@@ -226,6 +227,8 @@ def check(
 
 
 app.command("convert")(_one_sentence(conversion.command()))
+app.command("card")(_one_sentence(hub.card))
+app.command("push")(_one_sentence(hub.push))
 
 
 def _subject(

@@ -29,6 +29,14 @@ MEMORY = "linear_attention"
 MEMORY_SLIDING = "hybrid_sliding"
 """`layer_types` value of a layer that keeps memory states and a sliding window of keys and values."""
 
+SLIDING = "sliding_attention"
+"""`layer_types` value of a layer that keeps a sliding window of keys and values only."""
+
+MEMORY_SEGMENT = "hybrid"
+"""`layer_types` value of a layer that keeps memory states, and keys and values of one segment of the text."""
+
+LAYER_TYPES = (MEMORY, MEMORY_SLIDING, SLIDING, MEMORY_SEGMENT)
+
 
 def check_choice(name: str, value: object, accepted: Iterable[object]) -> None:
     """Raise a `ValueError` naming the field unless `value` is one of `accepted`."""
@@ -61,8 +69,9 @@ class MemoryConfig(PreTrainedConfig):
     Fields of the shared decoder. An architecture subclasses it, adds its own fields, and overrides `fill_defaults`.
 
     layer_types (`list[str]`, *optional*):
-        What each layer keeps between calls: `"linear_attention"` (states) or `"hybrid_sliding"` (states and a window
-        of keys and values); derived from the architecture's own fields when not given.
+        What each layer keeps between calls: `"linear_attention"` (states), `"sliding_attention"` (a window of keys and
+        values), `"hybrid_sliding"` (both), or `"hybrid"` (states, and keys and values of one segment); derived from
+        the architecture's own fields when not given.
     format_version (`int`, *optional*, defaults to 1):
         Format of the checkpoint. A checkpoint of a newer format than the installed package knows is refused.
     """
@@ -123,7 +132,7 @@ class MemoryConfig(PreTrainedConfig):
     @property
     def has_window(self) -> bool:
         """Whether some layer attends over a sliding window."""
-        return MEMORY_SLIDING in (self.layer_types or ())
+        return any(layer_type in (MEMORY_SLIDING, SLIDING) for layer_type in self.layer_types or ())
 
     def fill_defaults(self) -> None:
         """Derive the fields that were left open, `layer_types` among them; each architecture has its own."""
@@ -131,7 +140,7 @@ class MemoryConfig(PreTrainedConfig):
     def validate_layer_type(self) -> None:
         """Part of `@strict`-powered validation: layer types that a mixer exists for, one per layer."""
         for layer_type in self.layer_types or ():
-            check_choice("layer_types", layer_type, (MEMORY, MEMORY_SLIDING))
+            check_choice("layer_types", layer_type, LAYER_TYPES)
         if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"`layer_types` names {len(self.layer_types)} layers but `num_hidden_layers` is "
@@ -139,4 +148,14 @@ class MemoryConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["MEMORY", "MEMORY_SLIDING", "MemoryConfig", "check_choice", "check_minimum", "drop_local_code"]
+__all__ = [
+    "LAYER_TYPES",
+    "MEMORY",
+    "MEMORY_SEGMENT",
+    "MEMORY_SLIDING",
+    "SLIDING",
+    "MemoryConfig",
+    "check_choice",
+    "check_minimum",
+    "drop_local_code",
+]

@@ -32,9 +32,9 @@ class XForSequenceClassification(MemoryForSequenceClassificationMixin, XPreTrain
     decoder_class = XModel
 ```
 
-A mixer is built as `mixer(config, layer_idx)` and called as `mixer(hidden_states, position_embeddings=,
-attention_mask=, padding_mask=, cu_seqlens=, past_key_values=, **kwargs)`. It maps `[B, T, D]` to `[B, T, D]` and keeps
-what it must remember in its layer of the cache.
+A mixer is built as `mixer(config, layer_idx)` and called as `mixer(hidden_states, residual=, position_embeddings=,
+attention_mask=, padding_mask=, cu_seqlens=, past_key_values=, **kwargs)`. It maps normalised `[B, T, D]` to what is
+added to the residual stream `[B, T, D]`, and keeps what it must remember in its layer of the cache.
 """
 
 from typing import ClassVar
@@ -57,7 +57,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from hf_memory.cache import MemoryCache, StaticMemoryCache, memory_layer
 from hf_memory.cache_layers import MemorySlidingCacheLayer, window_positions
-from hf_memory.configuration import MEMORY, MEMORY_SLIDING, MemoryConfig
+from hf_memory.configuration import MEMORY, MEMORY_SLIDING, SLIDING, MemoryConfig
 from hf_memory.layers import (
     GateProjection,
     InitialMemory,
@@ -98,7 +98,8 @@ class MemoryDecoderLayer(GradientCheckpointingLayer):
         self.mlp = MemoryMLP(config)
 
     def forward(self, hidden_states: Tensor, **kwargs: Unpack[TransformersKwargs]) -> Tensor:
-        hidden_states = hidden_states + self.mixer(self.input_layernorm(hidden_states), **kwargs)
+        mixed = self.mixer(self.input_layernorm(hidden_states), residual=hidden_states, **kwargs)
+        hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_mixer_layernorm(hidden_states))
 
 
@@ -302,7 +303,8 @@ def packed_sequence_ids(cu_seqlens: Tensor, length: int) -> Tensor:
 
 def find_window(config: MemoryConfig, past_key_values: Cache | None) -> MemorySlidingCacheLayer | None:
     """First cache layer with a window; all of them have read the same tokens."""
-    return memory_layer(past_key_values, config.layer_types.index(MEMORY_SLIDING))
+    first = next(i for i, layer_type in enumerate(config.layer_types) if layer_type in (MEMORY_SLIDING, SLIDING))
+    return memory_layer(past_key_values, first, MemorySlidingCacheLayer)
 
 
 def find_positions(
@@ -327,14 +329,15 @@ def create_memory_masks(
     past_key_values: Cache | None,
     cu_seqlens: Tensor | None = None,
 ) -> Masks:
-    """Masks by layer type: the padding mask of memory layers, and that of attention beside a memory."""
+    """Masks by layer type: the padding mask of memory layers, and that of attention over a window."""
     masks = {MEMORY: padding_mask}
     if config.has_window:
         sequence_ids = None
         if cu_seqlens is not None:
             sequence_ids = packed_sequence_ids(cu_seqlens, inputs_embeds.shape[1])
         layer = find_window(config, past_key_values)
-        masks[MEMORY_SLIDING] = create_window_mask(config, inputs_embeds, layer, padding_mask, sequence_ids)
+        mask = create_window_mask(config, inputs_embeds, layer, padding_mask, sequence_ids)
+        masks |= {MEMORY_SLIDING: mask, SLIDING: mask}
     return masks
 
 

@@ -26,6 +26,7 @@ def register_architectures() -> None:
         _announce_to_docstrings(architecture.folder, architecture.config)
         _register_with_auto_classes(model_type, architecture)
     _register_hybrid()
+    _complete_push_to_hub()
     _register_with_peft()
 
 
@@ -61,6 +62,25 @@ def _register_hybrid() -> None:
     AutoConfig.register(MemoryHybridConfig.model_type, MemoryHybridConfig, exist_ok=True)
     AutoModel.register(MemoryHybridConfig, MemoryHybridModel, exist_ok=True)
     AutoModelForCausalLM.register(MemoryHybridConfig, MemoryHybridForCausalLM, exist_ok=True)
+
+
+def _complete_push_to_hub() -> None:
+    """Let `push_to_hub` of our models send their code and a filled card along.
+
+    Set from here, since the classes themselves travel with checkpoints and must not bring `hf_memory.hub` with them.
+    A class that was loaded from a model's folder keeps the method of transformers, which sends that folder's code.
+    """
+    from hf_memory.modeling import MemoryPreTrainedModel
+    from hf_memory.models.hybrid.modeling_hybrid import MemoryHybridForCausalLM, MemoryHybridModel
+
+    def push_to_hub(self, repo_id: str, **options) -> str:
+        """Push weights, code and a filled card in one commit; arguments as those of transformers' `push_to_hub`."""
+        from hf_memory.hub.push import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
+
+    for model_class in (MemoryPreTrainedModel, MemoryHybridForCausalLM, MemoryHybridModel):
+        model_class.push_to_hub = push_to_hub
 
 
 def _register_with_peft() -> None:

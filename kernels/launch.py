@@ -5,6 +5,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def _import_triton() -> ModuleType | None:
@@ -15,6 +16,7 @@ def _import_triton() -> ModuleType | None:
     return triton
 
 
+@torch.compiler.assume_constant_result
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in Python on the CPU (`TRITON_INTERPRET=1` when the kernels were imported)."""
     triton = _import_triton()
@@ -71,7 +73,9 @@ def launch(kernel: Callable, size: int, *args: object, **constants: object) -> N
 
     grid = (size,)
     if not isinstance(kernel, JITFunction):
-        kernel[grid](*args, **constants)
+        # The interpreter reads memory, and a trace has none.
+        if not any(isinstance(x, FakeTensor) for x in args):
+            kernel[grid](*args, **constants)
         return
     wrapped = torch.library.wrap_triton(kernel)
     if wrapped is kernel:

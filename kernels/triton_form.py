@@ -6,6 +6,7 @@ from torch import Tensor
 from .anchored_linear.plan import WIDEST_STATE, WIDEST_TILE, tile_width
 from .anchored_linear.triton_op import linear_scan
 from .coefficients_triton import tile_coefficients
+from .launch import is_interpreted
 from .prefill import Slots, uses_solve
 from .state import carried
 from .types import Inputs, State
@@ -32,6 +33,9 @@ def unsupported(inputs: Inputs) -> str | None:
 
 def triton_form(inputs: Inputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     """Run a call of any length; arguments and results as `kernels.prefill.chunk_form`, outputs in the dtype of `v`."""
+    if is_interpreted() and inputs.q.dtype == torch.bfloat16:
+        # The interpreter multiplies bit patterns of bfloat16.
+        inputs = inputs.upcast()
     chunk = inputs.options.chunk_size
     slots = Slots.of(inputs, state, lambda buffered: chunk)
     grid = slots.grid

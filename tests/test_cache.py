@@ -19,10 +19,11 @@ from hf_memory.cache_layers import (
 def tiny(**fields) -> TitansForCausalLM:
     sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "chunk_size": 4, "num_persistent_tokens": 4, "sliding_window": 8}
+    sizes |= {"segment_size": 8, "num_memory_tokens": 4}
     return TitansForCausalLM(TitansConfig(**sizes, eos_token_id=None, **fields)).eval()
 
 
-@pytest.fixture(params=["lmm", "mag"])
+@pytest.fixture(params=["lmm", "mag", "mac", "mal"])
 def model(request) -> TitansForCausalLM:
     return tiny(variant=request.param)
 
@@ -144,6 +145,14 @@ def test_unfit_caches_get_a_sentence(model):
     for stock in (DynamicCache(config=windowed.config), StaticCache(config=windowed.config, max_cache_len=16)):
         with pytest.raises(ValueError, match=r"pass a `MemoryCache\(config\)`"):
             windowed(ids, past_key_values=stock)
+
+
+@pytest.mark.parametrize("variant", ["mag", "mac", "mal"])
+def test_cache_of_another_variant_gets_a_sentence(variant):
+    ids = torch.randint(50, (1, 4))
+    _, cache = read(tiny(variant="lmm"), ids)
+    with pytest.raises(ValueError, match="needs a Memory.*has a MemoryCacheLayer there: a cache continues only"):
+        tiny(variant=variant)(ids, past_key_values=cache)
 
 
 def test_cache_of_another_batch_size_gets_a_sentence(model):

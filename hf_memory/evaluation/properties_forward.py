@@ -31,7 +31,8 @@ def split_invariance(subject: Subject) -> Result:
     worst.add(deviation(logits, subject.forward(tokens)), "one call with a cache against one without")
 
     splits = {"token by token": list(range(1, length)), "first token apart": [1], "last token apart": [length - 1]}
-    for cut in (chunk - 1, chunk, chunk + 1):
+    segment = subject.segment_size or chunk
+    for cut in sorted({edge + i for edge in (chunk, segment) for i in (-1, 0, 1)}):
         if 0 < cut < length:
             splits[f"cut at {cut}"] = [cut]
     edges = list(range(chunk, length, chunk))

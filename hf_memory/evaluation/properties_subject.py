@@ -79,10 +79,16 @@ class Subject:
         return chunk_size if isinstance(chunk_size, int) and chunk_size > 0 else 64
 
     @property
+    def segment_size(self) -> int | None:
+        """Tokens of a segment, where the model reads its text in such."""
+        is_used = "hybrid" in (getattr(self.config, "layer_types", None) or ())
+        return getattr(self.config, "segment_size", None) if is_used else None
+
+    @property
     def prompt_length(self) -> int:
-        """Long enough to cross two chunk edges, where a chunk is of moderate size."""
+        """Long enough to cross two chunk edges, where a chunk is of moderate size, and an edge between segments."""
         edges = 2 if self.chunk_size <= 32 else 1
-        return min(max(edges * self.chunk_size + 5, 21), 600)
+        return min(max(edges * self.chunk_size + 5, (self.segment_size or 0) + 5, 21), 600)
 
     @property
     def tolerance(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ _TINY: dict[str, Any] = {
 _TINY_OF_TYPE: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16},
     "qwen3_next": {"num_hidden_layers": 4},
-    "titans": {"num_key_value_heads": None, "sliding_window": 8},
+    "titans": {"num_key_value_heads": None, "sliding_window": 8, "segment_size": 32, "num_memory_tokens": 16},
     "trellis": {"num_slots": 16},
     "memory_hybrid": {"memory_layers": [1], "memory": {"memory_expansion": 2, "chunk_size": 4}},
 }
@@ -60,6 +61,9 @@ def tiny_config(source: str | PreTrainedConfig, **overrides: Any) -> PreTrainedC
         if kinds := list(dict.fromkeys(fields.get("layer_types") or [])):
             cut["layer_types"] = kinds if len(kinds) > 1 else kinds * 2
             cut["num_hidden_layers"] = len(cut["layer_types"])
+    if "segment_size" in cut:
+        # A segment is a whole number of chunks.
+        cut["segment_size"] = math.lcm(cut["segment_size"], fields.get("chunk_size", 1))
     fields.update(cut, **overrides)
     fields.pop("model_type", None)
     try:

@@ -7,6 +7,7 @@ one as it is here except for its imports.
 
 import ast
 import functools
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -39,6 +40,11 @@ ROLES = {
 }
 
 GENERATED = "# Generated from hf_memory"
+LICENSE_HEADER = re.compile(r"(# Copyright.*\n(#.*\n)*)?")
+# Not there on every machine. transformers refuses code that imports what is missing, unless it does so in a `try`.
+OPTIONAL = ("triton",)
+# Where our ops are registered, once for the whole process. A copy has ops of its own, or it would replace ours.
+NAMESPACE = f"{PACKAGE}::"
 LINE_LENGTH = 119
 # What a module is called when it is imported as a whole: `from . import file` would escape the search of transformers.
 THIS_MODULE = "this_module"
@@ -128,7 +134,11 @@ def flat_sources(architecture: Architecture, memories: Iterable[Architecture] = 
             modules[name] = FlatModule(name, memories if name == TABLE else ())
             waiting += modules[name].needed
     as_objects = set().union(*(module.as_objects for module in modules.values()))
-    return {f"{flat_name(name)}.py": modules[name].text(name in as_objects) for name in sorted(modules)}
+    digest = hashlib.sha256("".join(modules[name].source.text for name in sorted(modules)).encode()).hexdigest()
+    return {
+        f"{flat_name(name)}.py": modules[name].text(name in as_objects).replace(NAMESPACE, f"{PACKAGE}_{digest[:8]}::")
+        for name in sorted(modules)
+    }
 
 
 def flat_name(module: str) -> str:
@@ -201,7 +211,12 @@ class FlatModule:
         self._footer = ""
         self._edits: list[tuple[int, int, str]] = []
         self._lines = self.source.text.encode().splitlines(keepends=True)
-        for node in ast.walk(self.source.tree):
+        nodes = list(ast.walk(self.source.tree))
+        guarded = {part for node in nodes if isinstance(node, ast.Try) for part in ast.walk(node)}
+        for node in nodes:
+            for block in (getattr(node, name, None) for name in ("body", "orelse")):
+                if isinstance(block, list) and node not in guarded:
+                    self._guard_imports(block)
             if isinstance(node, ast.ImportFrom):
                 self._rewrite_import_from(node)
             elif isinstance(node, ast.Import):
@@ -223,10 +238,11 @@ class FlatModule:
         text = text.decode() + self._footer
         if is_object:
             text = f"{text}\n\nimport sys\n\n\n{THIS_MODULE} = sys.modules[__name__]\n"
-        license_header = re.match(r"(# Copyright.*\n(#.*\n)*)?", text).group()
+        own_header = LICENSE_HEADER.match(text).group()
+        license_header = own_header or LICENSE_HEADER.match(read_source(f"{PACKAGE}.configuration").text).group()
         path = self.source.name.replace(".", "/")
-        mark = f"{GENERATED} {__version__}, {path}{'/__init__' if self.source.is_package else ''}.py (Apache-2.0)\n"
-        return license_header + ("#\n" if license_header else "") + mark + text[len(license_header) :]
+        mark = f"{GENERATED} {__version__}, {path}{'/__init__' if self.source.is_package else ''}.py\n"
+        return f"{license_header}#\n{mark}{text[len(own_header) :]}"
 
     def _name_files(self, memories: Iterable[Architecture]) -> None:
         imports = []
@@ -242,6 +258,21 @@ class FlatModule:
                 "\n\ndef _files_that_are_looked_up() -> None:\n"
                 '    """Never called: transformers brings the files that it sees imported."""\n' + "".join(imports)
             )
+
+    def _guard_imports(self, statements: list[ast.stmt]) -> None:
+        """Put each run of imports of optional packages into a `try`, where it is in none."""
+        run: list[ast.Import | ast.ImportFrom] = []
+        for statement in (*statements, None):
+            if _is_optional_import(statement):
+                run.append(statement)
+            elif run:
+                indent = " " * run[0].col_offset
+                names = [alias.asname or alias.name.split(".")[0] for node in run for alias in node.names]
+                body = "".join(f"{indent}    {self._segment(node)}\n" for node in run)
+                missing = " = ".join(dict.fromkeys(names))
+                new = f"try:\n{body}{indent}except ImportError:\n{indent}    {missing} = None"
+                self._edits.append((self._span(run[0])[0], self._span(run[-1])[1], new))
+                run = []
 
     def _rewrite_import_from(self, node: ast.ImportFrom) -> None:
         module = self.source.imported(node)
@@ -301,6 +332,14 @@ class FlatModule:
         start = sum(map(len, self._lines[: node.lineno - 1])) + node.col_offset
         end = sum(map(len, self._lines[: node.end_lineno - 1])) + node.end_col_offset
         return start, end
+
+
+def _is_optional_import(statement: ast.stmt | None) -> bool:
+    if isinstance(statement, ast.Import):
+        return all(alias.name.split(".")[0] in OPTIONAL for alias in statement.names)
+    if isinstance(statement, ast.ImportFrom):
+        return not statement.level and statement.module.split(".")[0] in OPTIONAL
+    return False
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from hf_memory.cache import memory_layer
-from hf_memory.cache_layers import MemorySlidingCacheLayer, window_positions
+from hf_memory.cache_layers import MemorySlidingCacheLayer, PrefixMixin, window_positions
 from hf_memory.layers.norms import at_least_float32
 from hf_memory.layers.persistent import PersistentTokens
 from hf_memory.layers.rotary import apply_rotary_pos_emb
@@ -89,11 +89,11 @@ class SlidingWindowAttention(nn.Module):
         """
         query, key, value = (self._heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        layer = memory_layer(past_key_values, self.layer_idx)
+        layer = memory_layer(past_key_values, self.layer_idx, MemorySlidingCacheLayer)
         if layer is not None:
             key, value = past_key_values.update(key, value, self.layer_idx, padding_mask=padding_mask)
         if self.persistent is not None:
-            prefix = (x.expand(key.shape[0], -1, -1, -1) for x in self._prefix(layer))
+            prefix = (x.expand(key.shape[0], -1, -1, -1) for x in kept_prefix(layer, self._project_prefix))
             key, value = (torch.cat((before, x), dim=2) for before, x in zip(prefix, (key, value)))
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -115,16 +115,23 @@ class SlidingWindowAttention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _prefix(self, layer: MemorySlidingCacheLayer | None) -> tuple[Tensor, Tensor]:
-        # Projecting the prefix costs as much as projecting that many tokens, so that decoding keeps the result.
-        # Training needs a graph of its own in every call.
-        if layer is not None and layer.has_prefix and not torch.is_grad_enabled():
-            return layer.prefix
+    def _project_prefix(self) -> tuple[Tensor, Tensor]:
         rows = self.persistent()
-        keys, values = self._heads(self.k_proj(rows)), self._heads(self.v_proj(rows))
-        if layer is not None:
-            layer.set_prefix(keys, values)
-        return keys, values
+        return self._heads(self.k_proj(rows)), self._heads(self.v_proj(rows))
+
+
+def kept_prefix(layer: PrefixMixin | None, project: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Keys and values `[1, H, N, d]` of a learned prefix.
+
+    Projecting the prefix costs as much as projecting that many tokens, so that decoding keeps the result. Training
+    needs a graph of its own in every call.
+    """
+    if layer is not None and layer.has_prefix and not torch.is_grad_enabled():
+        return layer.prefix
+    prefix = project()
+    if layer is not None:
+        layer.set_prefix(*prefix)
+    return prefix
 
 
 def create_window_mask(
@@ -190,7 +197,9 @@ def window_mask(
         # A padded token sees itself: a row of a softmax without any key is NaN, and NaN times zero stays NaN.
         visible[:, :, -length:] |= torch.eye(length, dtype=torch.bool, device=device)
     mask = torch.cat((visible.new_ones(*visible.shape[:2], prefix), visible), dim=2).unsqueeze(1)
-    if not eager:
-        return mask
-    dtype = inputs_embeds.dtype
-    return torch.where(mask, torch.zeros((), dtype=dtype, device=device), torch.finfo(dtype).min)
+    return additive_mask(mask, inputs_embeds.dtype) if eager else mask
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the eager implementation adds to its scores for a bool mask that is true where a key is visible."""
+    return torch.where(visible, torch.zeros((), dtype=dtype, device=visible.device), torch.finfo(dtype).min)

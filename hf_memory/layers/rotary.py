@@ -49,8 +49,13 @@ class MemoryRotaryEmbedding(nn.Module):
 
 def apply_rotary_pos_emb(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys `[B, H, T, d]` by tables `[B or 1, T, d]`."""
+    return rotate(query, cos, sin), rotate(key, cos, sin)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate heads `[B, H, T, d]` by tables `[B or 1, T, d]`."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
+    return heads * cos + _rotate_half(heads) * sin
 
 
 def _rotate_half(x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class ShortConvolution(nn.Module):
         """Convolve and return the next tail.
 
         Args:
-            x: inputs `[B, T, C]`.
+            x: inputs `[B, T, C]`, or those of the first few channels.
             tail: tail of an earlier call, `[B, kernel_size - 1, C]`, or `[N, kernel_size - 1, C]` for N packed
                 sequences; zeros when `None`.
             mask: `[B, T]` bool, true where a token is valid.
@@ -49,11 +49,12 @@ class ShortConvolution(nn.Module):
         return self._taps(window), window[:, x.shape[1] :]
 
     def _taps(self, window: Tensor) -> Tensor:
+        weight = self.weight[: window.shape[-1]]
         if window.shape[1] == self.kernel_size:
             # One token: 18 us instead of the 300 us that `conv1d` takes for it (768 channels, one CPU core).
-            taps = at_least_float32(window) * at_least_float32(self.weight).t()
+            taps = at_least_float32(window) * at_least_float32(weight).t()
             return taps.sum(1, keepdim=True).to(window.dtype)
-        weight = self.weight.to(window.dtype).unsqueeze(1)
+        weight = weight.to(window.dtype).unsqueeze(1)
         return nn.functional.conv1d(window.transpose(1, 2), weight, groups=weight.shape[0]).transpose(1, 2)
 
     def _masked(self, x: Tensor, tail: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

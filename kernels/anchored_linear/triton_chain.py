@@ -4,9 +4,12 @@ A program owns some columns of the memory of one head. States live in registers 
 copies that the parallel kernels read are in the dtype of the keys.
 """
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
+from .triton_call import compile_calls
 from .triton_tiles import load_matrix, load_slots, store_matrix
 
 
@@ -80,7 +83,7 @@ def _fold(
 def chain_kernel(
     k, v, w, f, u, base, rows, ends, anchored, offset, momentum, states, momenta, last_offset, last_momentum,
     num_tokens, num_tiles, H,
-    K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     TILES_PER_CHUNK: tl.constexpr, SOLVE: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,25 +93,25 @@ def chain_kernel(
     taken at one memory: the state in front of the tile, or of the first tile of its chunk. A chunk of several tiles
     is folded tile by tile; `anchored` says where the state that is carried out stands.
     """
-    columns = tl.cdiv(V, VB)
-    column, series = tl.program_id(0) % columns * VB, (tl.program_id(0) // columns).to(tl.int64)
+    columns = tl.cdiv(V, CB)
+    column, series = tl.program_id(0) % columns * CB, (tl.program_id(0) // columns).to(tl.int64)
     row, head = series // H, series % H
-    d = load_state(offset + series * K * V, column, K, V, KB, VB)
+    d = load_state(offset + series * K * V, column, K, V, KB, CB)
     s = d
     if HAS_MOMENTUM:
-        s = load_state(momentum + series * K * V, column, K, V, KB, VB)
+        s = load_state(momentum + series * K * V, column, K, V, KB, CB)
     start = zeros_like_state(d)
     if HAS_BASE and not SOLVE:
-        start = load_state(base + head * K * V, column, K, V, KB, VB)
+        start = load_state(base + head * K * V, column, K, V, KB, CB)
     at = d
     end = tl.load(anchored + row)
     for tile in range(num_tiles):
         index = series * num_tiles + tile
-        store_state(states + index * K * V, d, column, K, V, KB, VB)
+        store_state(states + index * K * V, d, column, K, V, KB, CB)
         if HAS_MOMENTUM:
-            store_state(momenta + index * K * V, s, column, K, V, KB, VB)
+            store_state(momenta + index * K * V, s, column, K, V, KB, CB)
         if SOLVE:
-            x = load_matrix(u + index * BLOCK * V, 0, column, BLOCK, V, BLOCK, VB).to(tl.float32)
+            x = load_matrix(u + index * BLOCK * V, 0, column, BLOCK, V, BLOCK, CB).to(tl.float32)
             for i in tl.static_range(len(d)):
                 weights = load_matrix(w + index * BLOCK * K, 0, i * KB, BLOCK, K, BLOCK, KB)
                 x -= tl.dot(weights, d[i].to(weights.dtype), input_precision=PRECISION)
@@ -118,23 +121,23 @@ def chain_kernel(
         else:
             at = choose(tile % TILES_PER_CHUNK == 0, d, at)
             if TILES_PER_CHUNK > 1 and tile * TILE == end:
-                store_state(last_offset + series * K * V, d, column, K, V, KB, VB)
+                store_state(last_offset + series * K * V, d, column, K, V, KB, CB)
                 if HAS_MOMENTUM:
-                    store_state(last_momentum + series * K * V, s, column, K, V, KB, VB)
-            x = load_slots(v, row, head, tile, column, num_tokens, H, V, TILE, BLOCK, VB).to(tl.float32)
+                    store_state(last_momentum + series * K * V, s, column, K, V, KB, CB)
+            x = load_slots(v, row, head, tile, column, num_tokens, H, V, TILE, BLOCK, CB).to(tl.float32)
             for i in tl.static_range(len(d)):
                 keys = load_slots(k, row, head, tile, i * KB, num_tokens, H, K, TILE, BLOCK, KB)
                 x -= tl.dot(keys, (at[i] + start[i]).to(keys.dtype), input_precision=PRECISION)
         x = x.to(k.dtype.element_ty)
-        store_matrix(u + index * BLOCK * V, x, 0, column, BLOCK, V, BLOCK, VB)
+        store_matrix(u + index * BLOCK * V, x, 0, column, BLOCK, V, BLOCK, CB)
         d, s = _fold(
             k, x, d, s, rows + index * 4 * BLOCK, ends + index * 4, row, head, tile, num_tokens, H,
             K, KB, TILE, BLOCK, HAS_MOMENTUM, PRECISION,
         )  # fmt: skip
     if TILES_PER_CHUNK == 1 or end == num_tiles * TILE:
-        store_state(last_offset + series * K * V, d, column, K, V, KB, VB)
+        store_state(last_offset + series * K * V, d, column, K, V, KB, CB)
         if HAS_MOMENTUM:
-            store_state(last_momentum + series * K * V, s, column, K, V, KB, VB)
+            store_state(last_momentum + series * K * V, s, column, K, V, KB, CB)
 
 
 @triton.jit
@@ -196,12 +199,12 @@ def _unread(
 def chain_backward_kernel(
     q, k, w, f, cot_out, cot_u, rows, ends, anchored, cot_last_offset, cot_last_momentum,
     cot_states, cot_momenta, cot_offset, cot_momentum, num_tokens, num_tiles, H,
-    K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, CB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     TILES_PER_CHUNK: tl.constexpr, SOLVE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of U (`cot_u` holds the part that outputs bring), and cotangents of the states behind every tile."""
-    columns = tl.cdiv(V, VB)
-    column, series = tl.program_id(0) % columns * VB, (tl.program_id(0) // columns).to(tl.int64)
+    columns = tl.cdiv(V, CB)
+    column, series = tl.program_id(0) % columns * CB, (tl.program_id(0) // columns).to(tl.int64)
     row, head = series // H, series % H
     end = tl.load(anchored + row)
     cot_last_offset += series * K * V
@@ -209,18 +212,18 @@ def chain_backward_kernel(
         cot_last_momentum += series * K * V
     d, s = _load_cotangents(
         cot_last_offset, cot_last_momentum, TILES_PER_CHUNK == 1 or end == num_tiles * TILE, column,
-        K, V, KB, VB, HAS_MOMENTUM,
+        K, V, KB, CB, HAS_MOMENTUM,
     )  # fmt: skip
     at = zeros_like_state(d)
     t = tl.arange(0, BLOCK)
     for step in range(num_tiles):
         tile = num_tiles - 1 - step
         index = series * num_tiles + tile
-        store_state(cot_states + index * K * V, d, column, K, V, KB, VB)
+        store_state(cot_states + index * K * V, d, column, K, V, KB, CB)
         if HAS_MOMENTUM:
-            store_state(cot_momenta + index * K * V, s, column, K, V, KB, VB)
-        cot = load_slots(cot_out, row, head, tile, column, num_tokens, H, V, TILE, BLOCK, VB)
-        x = load_matrix(cot_u + index * BLOCK * V, 0, column, BLOCK, V, BLOCK, VB).to(tl.float32)
+            store_state(cot_momenta + index * K * V, s, column, K, V, KB, CB)
+        cot = load_slots(cot_out, row, head, tile, column, num_tokens, H, V, TILE, BLOCK, CB)
+        x = load_matrix(cot_u + index * BLOCK * V, 0, column, BLOCK, V, BLOCK, CB).to(tl.float32)
         write = tl.load(rows + index * 4 * BLOCK + 2 * BLOCK + t)[:, None]
         for i in tl.static_range(len(d)):
             keys = load_slots(k, row, head, tile, i * KB, num_tokens, H, K, TILE, BLOCK, KB)
@@ -229,7 +232,7 @@ def chain_backward_kernel(
                 pushed = (tl.load(rows + index * 4 * BLOCK + 3 * BLOCK + t)[:, None] * keys).to(keys.dtype)
                 x += tl.dot(pushed, s[i].to(keys.dtype), input_precision=PRECISION)
         x = x.to(k.dtype.element_ty)
-        store_matrix(cot_u + index * BLOCK * V, x, 0, column, BLOCK, V, BLOCK, VB)
+        store_matrix(cot_u + index * BLOCK * V, x, 0, column, BLOCK, V, BLOCK, CB)
         d, s, at = _unread(
             q, k, w + index * BLOCK * K if SOLVE else w, f + index * BLOCK * K if SOLVE and HAS_MOMENTUM else f,
             cot, x, d, s, at, rows + index * 4 * BLOCK, ends + index * 4, row, head, tile, num_tokens, H,
@@ -240,9 +243,12 @@ def chain_backward_kernel(
         at = choose(first, zeros_like_state(at), at)
         if TILES_PER_CHUNK > 1:
             more_d, more_s = _load_cotangents(
-                cot_last_offset, cot_last_momentum, tile * TILE == end, column, K, V, KB, VB, HAS_MOMENTUM
+                cot_last_offset, cot_last_momentum, tile * TILE == end, column, K, V, KB, CB, HAS_MOMENTUM
             )
             d, s = add_states(d, more_d), add_states(s, more_s)
-    store_state(cot_offset + series * K * V, d, column, K, V, KB, VB)
+    store_state(cot_offset + series * K * V, d, column, K, V, KB, CB)
     if HAS_MOMENTUM:
-        store_state(cot_momentum + series * K * V, s, column, K, V, KB, VB)
+        store_state(cot_momentum + series * K * V, s, column, K, V, KB, CB)
+
+
+compile_entries = partial(compile_calls, (chain_kernel, chain_backward_kernel))

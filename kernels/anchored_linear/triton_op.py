@@ -1,14 +1,12 @@
 """The plain linear memory as a differentiable op made of Triton kernels (README.md beside this file)."""
 
-from dataclasses import dataclass
-
 import torch
 import triton
 from torch import Tensor
 
 from ..coefficients_triton import TileCoefficients
-from ..launch import differentiable_op, dot_precision, launch, multiprocessors
-from .plan import LinearPlan, plan
+from ..launch import differentiable_op, dot_precision
+from .triton_call import LinearCall
 from .triton_chain import chain_backward_kernel, chain_kernel
 from .triton_parallel import (
     operand_gradients_kernel,
@@ -17,84 +15,6 @@ from .triton_parallel import (
     tile_gradients_kernel,
 )
 from .triton_tiles import prepare_kernel
-
-
-@dataclass(frozen=True)
-class _Call:
-    """Sizes of a call and how it is cut."""
-
-    batch: int
-    num_tokens: int
-    heads: int
-    key_width: int
-    value_width: int
-    chunk_size: int
-    at_decayed: bool
-    has_base: bool
-    has_momentum: bool
-    plan: LinearPlan
-
-    @classmethod
-    def of(cls, q: Tensor, v: Tensor, base: Tensor | None, momentum: Tensor | None, chunk: int, at_decayed: bool):
-        batch, num_tokens, heads, width = q.shape
-        cut = plan(batch * heads, width, v.shape[-1], q.element_size(), chunk, multiprocessors(q.device))
-        has_base, has_momentum = base is not None, momentum is not None
-        return cls(batch, num_tokens, heads, width, v.shape[-1], chunk, at_decayed, has_base, has_momentum, cut)
-
-    @property
-    def num_tiles(self) -> int:
-        return triton.cdiv(self.num_tokens, self.plan.tile)
-
-    @property
-    def series(self) -> int:
-        return self.batch * self.heads
-
-    @property
-    def solves(self) -> bool:
-        """Whether a tile holds several gradient chunks."""
-        return self.chunk_size < self.plan.tile or self.at_decayed
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        return self.num_tokens, self.num_tiles, self.heads
-
-    def scratch(self, like: Tensor, *shape: int) -> Tensor:
-        """Uninitialised `[B, H, NT, ...]` in the dtype of `like`."""
-        return like.new_empty(self.batch, self.heads, self.num_tiles, *shape)
-
-    def constants(self, value_block: int) -> dict[str, int | str]:
-        """Arguments that all kernels share."""
-        return {
-            "K": self.key_width,
-            "V": self.value_width,
-            "KB": self.plan.key_block,
-            "VB": value_block,
-            "TILE": self.plan.tile,
-            "BLOCK": self.plan.block,
-            "PRECISION": dot_precision(torch.float32),
-            "num_warps": self.plan.warps,
-            "num_stages": 2,
-        }
-
-    @property
-    def parallel(self) -> dict[str, int | str]:
-        return self.constants(self.plan.value_block)
-
-    @property
-    def chain(self) -> dict[str, int | str]:
-        return self.constants(self.plan.chain_block) | {
-            "TILES_PER_CHUNK": self.tiles_per_chunk,
-            "SOLVE": self.solves,
-            "HAS_MOMENTUM": self.has_momentum,
-        }
-
-    @property
-    def tiles_per_chunk(self) -> int:
-        return max(1, self.chunk_size // self.plan.tile)
-
-    @property
-    def grid_constants(self) -> dict[str, int | bool]:
-        return {"CHUNK": self.chunk_size, "AT_DECAYED": self.at_decayed}
 
 
 def linear_scan(
@@ -130,7 +50,7 @@ def linear_scan(
 
 
 def _states(
-    call: _Call, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor, ends: Tensor, base: Tensor | None,
+    call: LinearCall, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor, ends: Tensor, base: Tensor | None,
     offset: Tensor, momentum: Tensor | None, anchored: Tensor, keep: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Directions and states of all tiles: what forward and backward both need."""
@@ -142,20 +62,17 @@ def _states(
         f = call.scratch(k, block, call.key_width) if call.has_momentum else None
         inverse = call.scratch(k, block, block) if keep else None
         system = call.scratch(grad, block, block) if keep and k.dtype == torch.float32 else None
-        launch(
-            prepare_kernel, call.series * call.num_tiles,
-            k, v, base, grad, rows, w, f, u, system, inverse, *call.sizes,
-            HAS_BASE=call.has_base, HAS_MOMENTUM=call.has_momentum, KEEP=keep, SOLVE_PRECISION=dot_precision(k.dtype),
-            **call.grid_constants, **call.parallel,
+        call.launch(
+            prepare_kernel, call.tiles, k, v, base, grad, rows, w, f, u, system, inverse,
+            KEEP=keep, SOLVE_PRECISION=dot_precision(k.dtype),
         )  # fmt: skip
     states = call.scratch(k, *shape)
     momenta = call.scratch(k, *shape) if call.has_momentum else None
     last_offset = torch.empty_like(offset)
     last_momentum = offset.new_empty(0) if momentum is None else torch.empty_like(momentum)
-    launch(
+    call.launch(
         chain_kernel, call.series * triton.cdiv(call.value_width, call.plan.chain_block),
         k, v, w, f, u, base, rows, ends, anchored, offset, momentum, states, momenta, last_offset, last_momentum,
-        *call.sizes, HAS_BASE=call.has_base, **call.chain,
     )  # fmt: skip
     return w, f, u, system, inverse, states, momenta, last_offset, last_momentum
 
@@ -164,16 +81,13 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor, ends: Tensor, base: Tensor | None,
     offset: Tensor, momentum: Tensor | None, anchored: Tensor, chunk_size: int, at_decayed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _Call.of(q, v, base, momentum, chunk_size, at_decayed)
+    call = LinearCall.of(q, v, base, momentum, chunk_size, at_decayed)
     _, _, u, _, _, states, momenta, *last = _states(
         call, k, v, grad, rows, ends, base, offset, momentum, anchored, keep=False
     )
     out = torch.empty_like(v)
     columns = triton.cdiv(call.value_width, call.plan.value_block)
-    launch(
-        output_kernel, call.series * call.num_tiles * columns, q, k, u, base, grad, rows, states, momenta, out,
-        *call.sizes, HAS_BASE=call.has_base, HAS_MOMENTUM=call.has_momentum, **call.parallel,
-    )  # fmt: skip
+    call.launch(output_kernel, call.tiles * columns, q, k, u, base, grad, rows, states, momenta, out)
     return out, *last
 
 
@@ -182,40 +96,37 @@ def _backward(
     q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor, ends: Tensor, base: Tensor | None,
     offset: Tensor, momentum: Tensor | None, anchored: Tensor, chunk_size: int, at_decayed: bool,
 ) -> list[Tensor]:  # fmt: skip
-    call = _Call.of(q, v, base, momentum, chunk_size, at_decayed)
-    block, programs = call.plan.block, call.series * call.num_tiles
+    call = LinearCall.of(q, v, base, momentum, chunk_size, at_decayed)
+    block = call.plan.block
     cot_out = cot_out.contiguous()
     w, f, u, system, inverse, states, momenta, *_ = _states(
         call, k, v, grad, rows, ends, base, offset, momentum, anchored, keep=True
     )
     cot_u = torch.empty_like(u)
-    launch(output_backward_kernel, programs, q, k, grad, cot_out, cot_u, *call.sizes, **call.parallel)
+    call.launch(output_backward_kernel, call.tiles, q, k, grad, cot_out, cot_u)
     cot_states = torch.empty_like(states)
     cot_momenta = None if momenta is None else torch.empty_like(momenta)
     cot_offset = torch.empty_like(offset)
     cot_momentum = offset.new_empty(0) if momentum is None else torch.empty_like(momentum)
-    launch(
+    call.launch(
         chain_backward_kernel, call.series * triton.cdiv(call.value_width, call.plan.chain_block),
         q, k, w, f, cot_out, cot_u, rows, ends, anchored,
         cot_last_offset.contiguous(), None if momentum is None else cot_last_momentum.contiguous(),
-        cot_states, cot_momenta, cot_offset, cot_momentum, *call.sizes, **call.chain,
+        cot_states, cot_momenta, cot_offset, cot_momentum,
     )  # fmt: skip
     cot_q, cot_k, cot_v, cot_grad = (torch.empty_like(x) for x in (q, k, v, grad))
     weights = call.scratch(k, block, block)
     gram = call.scratch(k, block, block) if call.solves else None
-    launch(
-        tile_gradients_kernel, programs,
-        q, k, u, cot_out, cot_u, system, inverse, grad, rows, cot_v, cot_grad, weights, gram, *call.sizes,
-        SOLVE=call.solves, **call.grid_constants, **call.parallel,
+    call.launch(
+        tile_gradients_kernel, call.tiles,
+        q, k, u, cot_out, cot_u, system, inverse, grad, rows, cot_v, cot_grad, weights, gram,
     )  # fmt: skip
     blocks = triton.cdiv(call.key_width, call.plan.gradient_block)
     cot_rows, cot_ends = call.scratch(grad, blocks, 4, block), call.scratch(grad, blocks, 4)
-    launch(
-        operand_gradients_kernel, programs * blocks,
+    call.launch(
+        operand_gradients_kernel, call.tiles * blocks,
         q, k, u, cot_out, cot_v, base, rows, states, momenta, cot_states, cot_momenta, weights, gram,
-        cot_q, cot_k, cot_rows, cot_ends, *call.sizes,
-        TILES_PER_CHUNK=call.tiles_per_chunk, SOLVE=call.solves, HAS_BASE=call.has_base,
-        HAS_MOMENTUM=call.has_momentum, **call.grid_constants, **(call.parallel | {"KB": call.plan.gradient_block}),
+        cot_q, cot_k, cot_rows, cot_ends,
     )  # fmt: skip
     cot_base = offset.new_empty(0)
     if base is not None:

@@ -1,8 +1,11 @@
 """What runs in parallel over the tiles of the plain linear memory: outputs, and gradients given all states."""
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
+from .triton_call import compile_calls
 from .triton_tiles import (
     anchor_of,
     load_anchored,
@@ -161,13 +164,13 @@ def _product(x, y, i, j, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB:
 def operand_gradients_kernel(
     q, k, u, cot_out, cot_v, base, rows, states, momenta, cot_states, cot_momenta, weights, gram,
     cot_q, cot_k, cot_rows, cot_ends, num_tokens, num_tiles, H,
-    K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, GB: tl.constexpr, VB: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr, AT_DECAYED: tl.constexpr, TILES_PER_CHUNK: tl.constexpr, SOLVE: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some columns of queries and keys, and their part of those of `rows` and `ends`."""
-    blocks = tl.cdiv(K, KB)
-    i = tl.program_id(0) % blocks * KB
+    blocks = tl.cdiv(K, GB)
+    i = tl.program_id(0) % blocks * GB
     program = tl.program_id(0) // blocks
     tile, series = program % num_tiles, (program // num_tiles).to(tl.int64)
     row, head, index = series // H, series % H, program.to(tl.int64)
@@ -183,33 +186,33 @@ def operand_gradients_kernel(
     c = anchor_of(t, CHUNK, AT_DECAYED)
     rows += index * 4 * BLOCK + t
     mixed = load_matrix(weights + index * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
-    queries = load_slots(q, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
-    keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
-    zeros = tl.zeros([BLOCK, KB], tl.float32)
+    queries = load_slots(q, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, GB)
+    keys = load_slots(k, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, GB)
+    zeros = tl.zeros([BLOCK, GB], tl.float32)
 
     asked, asked_s, asked_base = zeros, zeros, zeros
     for j in range(0, V, VB):
         cot = load_slots(cot_out, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
-        asked += _back(cot, d, i, j, K, V, KB, VB, PRECISION)
+        asked += _back(cot, d, i, j, K, V, GB, VB, PRECISION)
         if HAS_MOMENTUM:
-            asked_s += _back(cot, s, i, j, K, V, KB, VB, PRECISION)
+            asked_s += _back(cot, s, i, j, K, V, GB, VB, PRECISION)
         if HAS_BASE:
-            asked_base += _back(cot, start, i, j, K, V, KB, VB, PRECISION)
+            asked_base += _back(cot, start, i, j, K, V, GB, VB, PRECISION)
     cot_queries = tl.load(rows)[:, None] * asked + tl.load(rows + BLOCK)[:, None] * asked_s + asked_base
     cot_queries += tl.dot(mixed, keys, input_precision=PRECISION)
-    store_slots(cot_q, cot_queries, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
+    store_slots(cot_q, cot_queries, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, GB)
     cot_beta, cot_f = tl.sum(queries * asked, 1), tl.sum(queries * asked_s, 1)
 
     written, written_s = zeros, zeros
     keep, pull, carry = 0.0, 0.0, 0.0
     for j in range(0, V, VB):
         x = load_matrix(u + index * BLOCK * V, 0, j, BLOCK, V, BLOCK, VB)
-        written += _back(x, after_d, i, j, K, V, KB, VB, PRECISION)
-        keep += _product(d, after_d, i, j, K, V, KB, VB)
+        written += _back(x, after_d, i, j, K, V, GB, VB, PRECISION)
+        keep += _product(d, after_d, i, j, K, V, GB, VB)
         if HAS_MOMENTUM:
-            written_s += _back(x, after_s, i, j, K, V, KB, VB, PRECISION)
-            pull += _product(s, after_d, i, j, K, V, KB, VB)
-            carry += _product(s, after_s, i, j, K, V, KB, VB)
+            written_s += _back(x, after_s, i, j, K, V, GB, VB, PRECISION)
+            pull += _product(s, after_d, i, j, K, V, GB, VB)
+            carry += _product(s, after_s, i, j, K, V, GB, VB)
     cot_keys = tl.load(rows + 2 * BLOCK)[:, None] * written + tl.load(rows + 3 * BLOCK)[:, None] * written_s
     cot_keys += tl.dot(tl.trans(mixed), queries, input_precision=PRECISION)
     cot_write, cot_write_s = tl.sum(keys * written, 1), tl.sum(keys * written_s, 1)
@@ -217,11 +220,11 @@ def operand_gradients_kernel(
     missed, missed_s, missed_base = zeros, zeros, zeros
     for j in range(0, V, VB):
         r = load_slots(cot_v, row, head, tile, j, num_tokens, H, V, TILE, BLOCK, VB)
-        missed += _back(r, at, i, j, K, V, KB, VB, PRECISION)
+        missed += _back(r, at, i, j, K, V, GB, VB, PRECISION)
         if HAS_MOMENTUM and SOLVE:
-            missed_s += _back(r, s, i, j, K, V, KB, VB, PRECISION)
+            missed_s += _back(r, s, i, j, K, V, GB, VB, PRECISION)
         if HAS_BASE:
-            missed_base += _back(r, start, i, j, K, V, KB, VB, PRECISION)
+            missed_base += _back(r, start, i, j, K, V, GB, VB, PRECISION)
     cot_keys -= missed_base
     if SOLVE:
         cot_keys -= tl.load(rows - t + c, mask=c >= 0, other=1.0)[:, None] * missed
@@ -232,7 +235,7 @@ def operand_gradients_kernel(
         cot_f += scatter_anchored(-tl.sum(keys * missed_s, 1), BLOCK, CHUNK, AT_DECAYED)
     else:
         cot_keys -= missed
-    store_slots(cot_k, cot_keys, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, KB)
+    store_slots(cot_k, cot_keys, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, GB)
 
     cot_rows += tl.program_id(0).to(tl.int64) * 4 * BLOCK + t
     tl.store(cot_rows, cot_beta)
@@ -244,3 +247,8 @@ def operand_gradients_kernel(
     tl.store(cot_ends + 1, pull)
     tl.store(cot_ends + 2, carry)
     tl.store(cot_ends + 3, 0.0)
+
+
+compile_entries = partial(
+    compile_calls, (output_kernel, output_backward_kernel, tile_gradients_kernel, operand_gradients_kernel)
+)

@@ -1,7 +1,11 @@
 """Tiles of the plain linear memory: loads and stores, the system of a tile, and its solution."""
 
+from functools import partial
+
 import triton
 import triton.language as tl
+
+from .triton_call import compile_calls
 
 
 @triton.jit
@@ -169,3 +173,6 @@ def prepare_kernel(
             values = error.to(values.dtype)
         x = solve(inverse, system, values, REFINE, PRECISION)
         store_matrix(u + index * BLOCK * V, x, 0, j, BLOCK, V, BLOCK, VB)
+
+
+compile_entries = partial(compile_calls, (prepare_kernel,))

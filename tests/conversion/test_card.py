@@ -1,23 +1,18 @@
 """The card of a converted model: metadata, no local paths, and nothing claimed that was not measured."""
 
-from types import SimpleNamespace
+import json
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from hf_memory.conversion.card import TEMPLATE, teacher_name, write_card
+from hf_memory.conversion.card import refill_card, teacher_name, write_card, write_recipe
+from hf_memory.conversion.report import shortcomings
+from hf_memory.evaluation.properties_tiny import tiny_config
+from hf_memory.hub.cards import CardError
+from hf_memory.models.hybrid.configuration_hybrid import MemoryHybridConfig
 
 
-CONFIG = {
-    "model_type": "memory_hybrid",
-    "base_model_type": "llama",
-    "memory": {"model_type": "titans"},
-    "memory_layers": [1, 3],
-    "num_hidden_layers": 4,
-    "memory_mode": "replace",
-    "memory_window": None,
-}
 SPAN = {"start": 1, "end": 64, "bits_per_token": 2.0, "bits_per_byte": 1.5, "kl_bits_per_token": 0.1, "agreement": 0.9}
 REPORT = {
     "title": "t",
@@ -26,9 +21,14 @@ REPORT = {
 }
 
 
+def hybrid(**fields) -> MemoryHybridConfig:
+    teacher = tiny_config("llama", num_hidden_layers=4)
+    return MemoryHybridConfig.from_teacher(teacher, memory={"memory_depth": 1}, **{"memory_layers": [1, 3]} | fields)
+
+
 @pytest.fixture
-def config() -> SimpleNamespace:
-    return SimpleNamespace(**CONFIG)
+def config() -> MemoryHybridConfig:
+    return hybrid()
 
 
 @pytest.fixture
@@ -72,12 +72,12 @@ def test_a_teacher_in_a_folder_gives_its_name_and_license(folder, config, tmp_pa
     card, text = make(folder, config, str(teacher), recipe=recipe, report=REPORT)
     data = card.data.to_dict()
     assert data["license"] == "mit" and data["language"] == "en" and "secret" not in data["tags"]
-    assert "base_model" not in data
+    assert "base_model" not in data and data["datasets"] == ["someone/dataset"]
     assert str(tmp_path) not in text and "`my-teacher` with" in text
     assert "Stage `align` (1,000,000 tokens, learning rate 0.001)" in text
     shown = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
-    assert shown["teacher"] == "my-teacher" and shown["data"] == ["text.txt", "someone/dataset:train"]
-    assert shown["held_out"] == "other.txt" and "output" not in shown
+    assert shown["teacher"] == "./my-teacher" and shown["data"] == ["./text.txt", "someone/dataset:train"]
+    assert shown["held_out"] == "./other.txt" and "output" not in shown
 
 
 @pytest.mark.parametrize("readme", ["no metadata at all\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n"])
@@ -92,33 +92,89 @@ def test_code_and_picture_are_mentioned_where_they_are(folder, config):
     _, without = make(folder, config, "a/b", report=REPORT)
     assert "trust_remote_code" not in without and "It comes without code of its own" in without
     assert "report.png" not in without
-    (folder / "modeling_x.py").write_text("")
-    (folder / "report.png").write_bytes(b"")
+    for name in ("modeling_x.py", "report.png", "tokenizer_config.json"):
+        (folder / name).write_bytes(b"")
     _, text = make(folder, config, "a/b", report=REPORT)
-    assert "trust_remote_code=True" in text and "](report.png)" in text
+    assert "trust_remote_code=True" in text and "](report.png)" in text and "AutoTokenizer" in text
+    for block in text.split("```python")[1:]:
+        compile(block.split("```")[0], "README.md", "exec")
 
 
 def test_nothing_measured_and_no_recipe(folder, config):
     _, text = make(folder, config, "a/b")
     assert "Nothing was measured on this model." in text and "```yaml" not in text
-    assert "All that was measured" not in text and "2 of 4 layers keep their attention" in text
+    assert "all that was measured" not in text and "2 of 4 layers keep their attention" in text
 
 
-def test_retrofit_and_no_layer(folder, config):
-    config.memory_mode, config.memory_window = "retrofit", 512
-    assert (
-        "beside the self-attention of layers 1 and 3 of 4 (counted from 0), which sees 512"
-        in make(folder, config, "a/b")[1]
-    )
-    config.memory_layers = []
-    assert "no layer is converted" in make(folder, config, "a/b")[1]
+def test_retrofit_and_no_layer(folder):
+    retrofit = hybrid(memory_mode="retrofit", memory_window=512)
+    _, text = make(folder, retrofit, "a/b")
+    assert "beside the self-attention of layers 1 and 3 of 4 (counted from 0), which sees\n512 tokens only" in text
+    _, text = make(folder, hybrid(memory_layers=[]), "a/b")
+    assert "no layer is converted" in text and "The memory of a head" not in text and "# my-hybrid" in text
 
 
-def test_python_in_the_card_compiles(folder, config):
-    (folder / "modeling_x.py").write_text("")
-    _, text = make(folder, config, "a/b", report=REPORT)
-    for block in text.split("```python")[1:]:
-        compile(block.split("```")[0], "README.md", "exec")
+def model(bits: float, first: float, speed: float, cache: int, parameters: int) -> dict:
+    spans = [{"start": 1, "end": 64, "bits_per_byte": first}, {"start": 64, "end": 128, "bits_per_byte": bits}]
+    return {
+        "parameters": parameters,
+        "quality": {"whole": {"bits_per_byte": bits, "agreement": 0.9}, "parts": spans},
+        "speed": [{"context": 1024, "tokens_per_second": speed}],
+        "cache": [{"tokens": 1024, "kv_bytes": cache, "memory_bytes": 0}],
+    }
+
+
+def test_every_figure_in_which_a_student_is_worse_has_a_sentence():
+    report = {"models": {"teacher": model(1.0, 1.0, 100.0, 1024, 100), "student": model(1.1, 1.3, 60.0, 2048, 130)}}
+    assert shortcomings(report) == [
+        "It needs 10.0% more bits than the teacher: 1.1000 against 1.0000 per byte.",
+        "It is furthest behind over tokens 1 to 63 of a text: 1.3000 against 1.0000 bits per byte.",
+        "At 10.0% of the tokens another next token is likeliest than with the teacher.",
+        "Behind 1,024 tokens it decodes 60 tokens/s, the teacher 100 (40% slower).",
+        "At 1,024 tokens its cache is larger: 2.0 KiB against 1.0 KiB.",
+        "It has 30% more parameters.",
+    ]
+    better = {"models": {"teacher": report["models"]["student"], "student": report["models"]["teacher"]}}
+    assert shortcomings(better) == ["At 10.0% of the tokens another next token is likeliest than with the teacher."]
+    assert shortcomings({"models": {"student": report["models"]["student"]}}) == []
+
+
+def test_a_card_is_filled_again_from_the_files_beside_it(folder, config):
+    config.save_pretrained(folder)
+    (folder / "report.json").write_text(json.dumps(REPORT))
+    write_recipe(folder, {"teacher": "/somewhere/my-teacher", "data": "someone/dataset:train", "stages": []})
+    assert "/somewhere" not in (folder / "recipe.yaml").read_text()
+    refill_card(folder, {"license": "mit", "language": ["en"]})
+    card = ModelCard.load(refill_card(folder))
+    assert card.data.license == "mit" and card.data.language == ["en"] and card.data.datasets == ["someone/dataset"]
+    assert "# my-teacher with Titans memory" in card.text and "| held-out bits per byte | 1.5000 |" in card.text
+    (folder / "report.json").unlink()
+    assert "Nothing was measured" in refill_card(folder, {"license": "apache-2.0"}).read_text()
+    assert ModelCard.load(folder / "README.md").data.license == "apache-2.0"
+
+
+def test_what_cannot_be_filled_stays_as_it_is(folder, config):
+    config.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nby hand\n")
+    with pytest.raises(CardError, match="was written by hand"):
+        refill_card(folder)
+    assert "by hand" in (folder / "README.md").read_text()
+    assert ModelCard.load(refill_card(folder, replace=True)).data.license == "mit"
+    for name, text in {"report.json": "{", "recipe.yaml": "- a list"}.items():
+        (folder / name).write_text(text)
+        with pytest.raises(CardError, match=f"{name}.* cannot be read"):
+            refill_card(folder)
+        (folder / name).unlink()
+    (folder / "report.json").write_text('{"other": 1}')
+    with pytest.raises(CardError, match="is no report of hf-memory"):
+        refill_card(folder)
+    for models in ({"student": 1}, {"student": {"quality": {"whole": "much"}}}, {"student": {"speed": [{}]}}):
+        (folder / "report.json").write_text(json.dumps({"models": models}))
+        with pytest.raises(CardError, match="does not have the form of a report"):
+            refill_card(folder)
+    tiny_config("llama").save_pretrained(folder)
+    with pytest.raises(CardError, match="holds a llama model"):
+        refill_card(folder)
 
 
 def test_names_of_teachers(tmp_path):
@@ -126,7 +182,3 @@ def test_names_of_teachers(tmp_path):
     assert teacher_name(str(tmp_path / "folder") + "/") == ("folder", False)
     assert teacher_name("someone/model") == ("someone/model", True)
     assert teacher_name("/gone/away/model") == ("model", False)
-
-
-def test_template_is_where_the_card_looks():
-    assert TEMPLATE.is_file()

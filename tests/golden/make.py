@@ -1,8 +1,10 @@
-"""Write the golden checkpoint of a variant: `python tests/golden/make.py`.
+"""Write golden checkpoints: `python tests/golden/make.py NAME ...`.
 
-To be run only when `format_version` is raised; the old directory stays, so that old checkpoints keep loading.
+To be run only for a new model, or when `format_version` is raised; the old directory stays, so that old checkpoints
+keep loading.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -29,12 +31,20 @@ TINY_SLOTS |= {"num_slots": 16, "learn_initial_memory": True, "conv_value": True
 CHECKPOINTS = {
     "titans-lmm-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(**TINY)),
     "titans-mag-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mag", memory_depth=1, **TINY)),
+    "titans-mac-v1": (
+        hf_memory.TitansForCausalLM,
+        hf_memory.TitansConfig(variant="mac", segment_size=8, num_memory_tokens=4, **TINY),
+    ),
+    "titans-mal-v1": (hf_memory.TitansForCausalLM, hf_memory.TitansConfig(variant="mal", **TINY)),
     "trellis-v1": (hf_memory.TrellisForCausalLM, hf_memory.TrellisConfig(**TINY_SLOTS)),
 }
 
 
-def main() -> None:
-    for name, (model_class, config) in CHECKPOINTS.items():
+def main(names: list[str]) -> None:
+    if not names or not set(names) <= set(CHECKPOINTS):
+        raise SystemExit(f"Name one or more of {', '.join(CHECKPOINTS)}.")
+    for name in names:
+        model_class, config = CHECKPOINTS[name]
         torch.manual_seed(0)
         model = model_class(config).eval()
         with torch.no_grad():
@@ -48,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

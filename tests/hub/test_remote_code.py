@@ -4,6 +4,7 @@ import ast
 import compileall
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -139,6 +140,8 @@ def hybrid(base: str, layers: list[int], **fields) -> PreTrainedModel:
 MODELS = {
     "lmm": lambda: titans("lmm"),
     "mag": lambda: titans("mag"),
+    "mac": lambda: titans("mac"),
+    "mal": lambda: titans("mal"),
     "trellis": lambda: random_model(tiny_config("trellis", chunk_size=4)),
     "llama": lambda: hybrid("llama", [0, 2]),
     "gpt_neox": lambda: hybrid("gpt_neox", [1], memory_mode="retrofit", memory_window=8),
@@ -220,7 +223,8 @@ def test_files_are_few_and_clean(kind: str, models: dict[str, PreTrainedModel], 
     assert not names & {"hf_memory", "hf_memory_kernels", "hf_memory_layers"}
     for path in files:
         text = path.read_text(encoding="utf-8")
-        assert "# Generated from hf_memory 0." in text
+        assert text.startswith("# Copyright 2026 the hf-memory authors\n#\n# Licensed under the Apache License")
+        assert text.count("# Copyright") == 1 and "# Generated from hf_memory 0." in text
         imported = {name.split(".")[0] for name in unguarded_imports(ast.parse(text))}
         assert imported <= INSTALLED | sys.stdlib_module_names, (path.name, imported)
     assert compileall.compile_dir(tmp_path, quiet=1)
@@ -256,7 +260,8 @@ def test_a_second_export_replaces_the_first(models: dict[str, PreTrainedModel], 
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_every_architecture_can_be_exported():
+def test_every_architecture_can_be_exported(models: dict[str, PreTrainedModel]):
+    assert {model.config.model_type for model in models.values()} == set(EXPORTABLE)
     for architecture in EXPORTABLE.values():
         assert f"modeling_{architecture.folder}.py" in flat_sources(architecture)
 
@@ -327,6 +332,76 @@ def test_every_form_of_import_is_rewritten(tmp_path: Path, monkeypatch: pytest.M
     assert {path.stem.removeprefix(prefix) for path in flat.iterdir()} == {"sample", "parts", "parts_one", "parts_two"}
     printed = run_python(f"from flat.{prefix}sample import value; print(value())", cwd=tmp_path)
     assert printed == "[2, 2, 2, 2, 2, 1, True, <class 'int'>]\n"
+
+
+# What a kernel module looks like: Triton at its top, an op of its own, and callers that import it when they need it.
+FAST = """
+import triton, triton.language as tl
+import torch
+from triton.runtime.jit import JITFunction
+
+try:
+    import triton.tools
+except ImportError:
+    pass
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+op = torch.library.custom_op("hf_memory::sample", double, mutates_args=())
+"""
+SLOW = """
+import torch
+
+
+def doubled(x: torch.Tensor, fast: bool) -> torch.Tensor:
+    if fast:
+        from triton import knobs
+        from .fast import op
+        return op(x)
+    return 2 * x
+"""
+BOTH_COPIES = """
+import sys, types
+sys.path.insert(0, ROOT)
+import torch
+x = torch.ones(1)
+sys.modules["triton"] = None
+from flat.hf_memory_kernels_slow import doubled
+assert doubled(x, False) == 2
+del sys.modules["triton"]
+assert doubled(x, True) == 2
+# Without the architectures, which take seconds.
+sys.modules["hf_memory.registration"] = types.SimpleNamespace(register_architectures=lambda: None)
+import hf_memory.kernels
+hf_memory.kernels.__path__.append(SOURCE)
+from hf_memory.kernels.slow import doubled as own
+assert own(x, True) == 2 and doubled(x, True) == 2
+print(sorted(name for name in torch._C._dispatch_get_all_op_names() if name.endswith("::sample")))
+"""
+
+
+class KernelRow:
+    configuration_module = "hf_memory.kernels.slow"
+    modeling_module = "hf_memory.kernels.fast"
+
+
+def test_kernels_travel_and_neither_need_triton_nor_replace_our_ops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path, run_python
+):
+    for name, text in {"source/slow.py": SLOW, "source/fast.py": FAST}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    add_to_kernels(monkeypatch, tmp_path / "source")
+    (tmp_path / "flat").mkdir()
+    for name, text in flat_sources(KernelRow).items():
+        assert set(unguarded_imports(ast.parse(text))) == {"torch"}
+        (tmp_path / "flat" / name).write_text(text)
+    given = f"ROOT, SOURCE = {str(root)!r}, {str(tmp_path / 'source')!r}\n"
+    printed = run_python(given + BOTH_COPIES, cwd=tmp_path)
+    assert re.fullmatch(r"\['hf_memory::sample', 'hf_memory_[0-9a-f]{8}::sample'\]\n", printed)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ VARIANTS = {
     "lmm linear": {"memory_depth": 1},
     "mag": {"variant": "mag"},
     "mag additive": {"variant": "mag", "gate": "additive", "memory_depth": 1, "persistent_in_memory": True},
+    "mac": {"variant": "mac"},
+    "mal": {"variant": "mal"},
 }
 CORNERS = {
     "gated delta rule": {
@@ -37,6 +39,7 @@ CORNERS = {
 def config(**fields) -> TitansConfig:
     sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 4, "chunk_size": 4, "num_persistent_tokens": 4, "sliding_window": 8}
+    sizes |= {"segment_size": 8, "num_memory_tokens": 4}
     return TitansConfig(**{**sizes, "eos_token_id": None, "pad_token_id": 0, **fields})
 
 
@@ -175,7 +178,7 @@ def test_persistent_tokens_are_a_prefix_read_once():
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sample", "beams", "static", "static beams", "chunked prefill"])
-@pytest.mark.parametrize("variant", ["lmm", "mag"])
+@pytest.mark.parametrize("variant", ["lmm", "mag", "mac", "mal"])
 def test_generate(variant, mode):
     model = randomized(variant=variant)
     ids = torch.randint(1, 50, (2, 9))
@@ -215,9 +218,9 @@ def test_assisted_decoding_is_refused_in_both_roles(model):
         model.generate(ids, **draft)
 
 
-def test_decode_compiles_once():
-    # The gated variant holds both kinds of state, memory and window.
-    model = TitansForCausalLM(config(variant="mag", num_hidden_layers=1)).eval()
+@pytest.mark.parametrize("variant", ["mag", "mac", "mal"])
+def test_decode_compiles_once(variant):
+    model = TitansForCausalLM(config(variant=variant, num_hidden_layers=2 if variant == "mal" else 1)).eval()
     ids = torch.randint(1, 50, (2, 6))
     compiled = CompileConfig(fullgraph=True, dynamic=False, backend="eager", mode=None)
     compiled._compile_all_devices = True
@@ -280,8 +283,9 @@ def test_base_model_returns_hidden_states_and_attention_weights():
     assert (weights[:, :, 11, 4:8] == 0).all() and (weights[:, :, 11, 8:] > 0).all(), "the window ends after 8 tokens"
 
 
-def test_eager_and_sdpa_agree_under_padding():
-    model = randomized(variant="mag")
+@pytest.mark.parametrize("variant", ["mag", "mac"])
+def test_eager_and_sdpa_agree_under_padding(variant):
+    model = randomized(variant=variant)
     ids = torch.randint(1, 50, (2, 14))
     mask = torch.ones_like(ids)
     mask[0, 2:9] = 0

@@ -19,6 +19,10 @@ def test_variant_decides_layers_and_persistent_tokens():
     assert lmm.layer_types == ["linear_attention"] * 3 and mag.layer_types == ["hybrid_sliding"] * 3
     assert lmm.persistent_in_memory and not mag.persistent_in_memory
     assert not lmm.has_window and mag.has_window
+    mac, mal = TitansConfig(variant="mac"), TitansConfig(variant="mal", num_hidden_layers=3)
+    assert mac.layer_types == ["hybrid"] * 24 and (mac.segment_size, mac.num_memory_tokens) == (512, 256)
+    assert mal.layer_types == ["linear_attention", "sliding_attention", "linear_attention"]
+    assert mal.has_window and not mac.has_window and not mac.persistent_in_memory and not mal.persistent_in_memory
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "advice"),
     [
-        ({"variant": "mac"}, "one of"),
+        ({"variant": "mar"}, "one of"),
         ({"num_attention_heads": 0}, "at least 1"),
         ({"hidden_size": 100}, "set `head_dim`"),
         ({"layer_types": ["linear_attention"]}, "name every layer"),
@@ -72,6 +76,17 @@ def test_round_trip(tmp_path):
         ({"persistent_in_memory": False}, "num_persistent_tokens=0"),
         ({"variant": "mag", "sliding_window": 1}, "at least 2"),
         ({"variant": "mag", "head_dim": 5}, "even"),
+        ({"variant": "mac", "num_attention_heads": 1024}, "even"),
+        ({"variant": "mac", "head_dim": 32}, "must be `hidden_size`"),
+        ({"variant": "mac", "segment_size": 0}, "at least 1"),
+        ({"variant": "mac", "num_memory_tokens": 0}, "at least 1"),
+        ({"variant": "mac", "num_memory_tokens": 200}, "multiple of `num_memory_tokens`"),
+        ({"variant": "mac", "chunk_size": 48}, "multiple of `chunk_size`"),
+        ({"variant": "mac", "persistent_in_memory": True, "num_persistent_tokens": 9}, "no multiple of `chunk_size`"),
+        ({"variant": "mac", "gate": "additive"}, 'variant="mag" only'),
+        ({"variant": "mal", "num_hidden_layers": 1}, "`num_hidden_layers`"),
+        ({"variant": "mal", "sliding_window": 1}, "at least 2"),
+        ({"variant": "mal", "layer_types": ["linear_attention"] * 24}, "linear_attention and sliding_attention"),
     ],
 )
 def test_refusals_say_what_to_change(fields, advice):

@@ -32,6 +32,8 @@ def tiny_model(variant: str = "lmm", **overrides) -> TitansForCausalLM:
         "chunk_size": 4,
         "num_persistent_tokens": 4,
         "sliding_window": 8,
+        "segment_size": 8,
+        "num_memory_tokens": 4,
         "eos_token_id": None,
     }
     return TitansForCausalLM(TitansConfig(variant=variant, **fields | overrides))
@@ -85,7 +87,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mag"])
+@pytest.mark.parametrize("variant", ["lmm", "mag", "mac", "mal"])
 def test_trainer_evaluates_and_learns(variant, copies, tmp_path):
     trainer = make_trainer(tiny_model(variant), copies, tmp_path, steps=60, eval_steps=60, save_strategy="no")
     before = trainer.evaluate()["eval_loss"]
@@ -151,7 +153,7 @@ def test_padded_rows_have_the_loss_of_unpadded_ones(side, copies):
             assert torch.allclose(logits[i][attention_mask[i].bool()], alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ["lmm", "mag"])
+@pytest.mark.parametrize("variant", ["lmm", "mag", "mac"])
 def test_lora_with_default_targets(variant, copies, tmp_path):
     model = peft.get_peft_model(tiny_model(variant), peft.LoraConfig(task_type="CAUSAL_LM", r=4))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]

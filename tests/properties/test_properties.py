@@ -49,6 +49,8 @@ def check(name: str, properties: list[str], budget: Budget) -> None:
 
 def test_every_architecture_takes_part():
     assert ARCHITECTURES and {name.split("-")[0] for name in CONFIGS} == set(MODEL_TYPES)
+    kinds = [{getattr(CONFIGS[name], "variant", None) for name in names} for names in (CONFIGS, EXPENSIVE)]
+    assert kinds[0] == kinds[1], "every variant takes part in the expensive properties"
 
 
 @pytest.mark.parametrize("name", CONFIGS)

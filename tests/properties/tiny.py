@@ -18,12 +18,22 @@ def _titans_fields() -> dict[str, dict]:
         configs[f"{variant}-depth{depth}-chunk{chunk}-{target}"] = {
             "variant": variant, "memory_depth": depth, "chunk_size": chunk, "decay_target": target,
         }  # fmt: skip
+    segments = {"variant": "mac", "chunk_size": 4, "segment_size": 8, "num_memory_tokens": 4}
     return configs | {
+        "mac": segments,
+        "mac-one-chunk-every-token": segments | {"chunk_size": 16, "segment_size": 16, "num_memory_tokens": 16},
+        "mac-online-linear-no-conv-no-persistent": segments
+        | {"memory_depth": 1, "chunk_size": 1, "num_memory_tokens": 1, "conv_kernel": 0, "num_persistent_tokens": 0},
+        "mal-online-linear": {"variant": "mal", "chunk_size": 1, "memory_depth": 1},
+        "mac-linear-persistent-in-memory": segments
+        | {"memory_depth": 1, "segment_size": 12, "persistent_in_memory": True},
+        "mal": {"variant": "mal", "chunk_size": 4},
         "lmm-channel": {"gate_granularity": "channel", "chunk_size": 4},
         "mag-channel-linear": {"variant": "mag", "gate_granularity": "channel", "memory_depth": 1, "chunk_size": 4},
         "lmm-depth3": {"memory_depth": 3, "chunk_size": 4},
         "lmm-linear-layer-norm": {"memory_depth": 1, "memory_layer_norm": True, "chunk_size": 4},
         "lmm-softplus-mean": {"theta_act": "softplus", "theta_norm": "chunk_mean", "chunk_size": 4},
+        "mal-persistent-in-memory": {"variant": "mal", "persistent_in_memory": True, "chunk_size": 4},
         "mag-additive": {"variant": "mag", "gate": "additive", "chunk_size": 4},
         "mag-persistent-in-memory": {"variant": "mag", "persistent_in_memory": True, "chunk_size": 4},
         "lmm-no-conv-no-persistent": {"conv_kernel": 0, "num_persistent_tokens": 0, "chunk_size": 4},

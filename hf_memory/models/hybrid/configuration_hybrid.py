@@ -171,7 +171,14 @@ class MemoryHybridConfig(PreTrainedConfig):
                 )
         # Biases start at zero, where the teacher has none; that of the output gate starts it open.
         defaults = {"attention_bias": True, "tie_word_embeddings": False} | config_class.in_hybrid
-        return config_class(**(defaults | fields | given))
+        made = config_class(**(defaults | fields | given))
+        if set(made.layer_types) != {MEMORY}:
+            raise ValueError(
+                f"A hybrid takes memories that stand alone, and layers of this {model_type} memory are of type "
+                f"{', '.join(dict.fromkeys(made.layer_types))}: leave `variant` and `layer_types` out. With "
+                "memory_mode='retrofit' the teacher's own attention works beside the memory."
+            )
+        return made
 
 
 def teacher_windows(config: PreTrainedConfig) -> list[int | None]:

@@ -18,10 +18,24 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.utils import auto_docstring
 
-from hf_memory.configuration import MEMORY, MEMORY_SLIDING, MemoryConfig, check_choice, check_minimum
+from hf_memory.configuration import (
+    MEMORY,
+    MEMORY_SEGMENT,
+    MEMORY_SLIDING,
+    SLIDING,
+    MemoryConfig,
+    check_choice,
+    check_minimum,
+)
 
 
-LAYER_TYPE_OF_VARIANT = {"lmm": MEMORY, "mag": MEMORY_SLIDING}
+# Layer types that a variant is made of, in the order in which they follow each other.
+LAYER_TYPES_OF_VARIANT = {
+    "lmm": (MEMORY,),
+    "mag": (MEMORY_SLIDING,),
+    "mac": (MEMORY_SEGMENT,),
+    "mal": (MEMORY, SLIDING),
+}
 
 
 @auto_docstring(
@@ -34,10 +48,13 @@ class TitansConfig(MemoryConfig):
     r"""
     layer_types (`list[str]`, *optional*):
         What each layer keeps between calls: `"linear_attention"` for every layer of `variant="lmm"`,
-        `"hybrid_sliding"` for every layer of `variant="mag"`. Derived from `variant`.
+        `"hybrid_sliding"` for `"mag"`, `"hybrid"` for `"mac"`. Layers of `"mal"` are memories (`"linear_attention"`)
+        and attention (`"sliding_attention"`), one after the other unless another pattern of the two is given.
     variant (`str`, *optional*, defaults to `"lmm"`):
         `"lmm"`: the neural memory replaces attention. `"mag"`: the memory gates sliding-window attention that runs
-        beside it.
+        beside it. `"mac"`: attention over segments of the text sees what the memory recalls about them, and the memory
+        reads what attention made of them. `"mal"`: layers with a memory and layers with sliding-window attention take
+        turns.
     memory_depth (`int`, *optional*, defaults to 2):
         Number of layers of the neural memory; 1 is a matrix.
     memory_expansion (`int`, *optional*, defaults to 4):
@@ -73,11 +90,18 @@ class TitansConfig(MemoryConfig):
         Whether inner gradients pass through a momentum buffer.
     conv_kernel (`int`, *optional*, defaults to 4):
         Width of the causal depthwise convolution behind the query, key and value projections; 0 for none.
+    sliding_window (`int`, *optional*, defaults to 2048):
+        Tokens that attention of `"mag"` and `"mal"` sees, the token itself included.
+    segment_size (`int`, *optional*, defaults to 512):
+        Tokens of a segment, the reach of attention in `"mac"`; a multiple of `chunk_size` and `num_memory_tokens`.
+    num_memory_tokens (`int`, *optional*, defaults to 256):
+        What `"mac"` recalls per segment: one memory token for each `segment_size / num_memory_tokens` tokens of text,
+        which see it from the last of them on.
     num_persistent_tokens (`int`, *optional*, defaults to 128):
-        Learned tokens in front of every sequence, per layer.
+        Learned tokens in front of every sequence (with `"mac"`, of every segment), per layer.
     persistent_in_memory (`bool`, *optional*):
         Whether the memory reads the persistent tokens before the text. Defaults to `True` for `"lmm"` and `False` for
-        `"mag"`, whose attention always sees them.
+        the others, whose attention always sees them.
     gate (`str`, *optional*, defaults to `"norm_silu"`):
         How `"mag"` joins attention y and memory m: `"norm_silu"` is `norm(y) * silu(norm(m))`, `"additive"` adds the
         normalised memory times a learned vector that starts at zero.
@@ -115,15 +139,18 @@ class TitansConfig(MemoryConfig):
     memory_momentum: bool = True
     conv_kernel: int = 4
     sliding_window: int = 2048
+    segment_size: int = 512
+    num_memory_tokens: int = 256
     num_persistent_tokens: int = 128
     persistent_in_memory: bool | None = None
     gate: str = "norm_silu"
 
     def fill_defaults(self) -> None:
         """Derive the fields that were left open."""
-        check_choice("variant", self.variant, LAYER_TYPE_OF_VARIANT)
+        check_choice("variant", self.variant, LAYER_TYPES_OF_VARIANT)
         if self.layer_types is None:
-            self.layer_types = [LAYER_TYPE_OF_VARIANT[self.variant]] * self.num_hidden_layers
+            pattern = LAYER_TYPES_OF_VARIANT[self.variant]
+            self.layer_types = [pattern[i % len(pattern)] for i in range(self.num_hidden_layers)]
         if self.memory_layer_norm is None:
             self.memory_layer_norm = self.memory_depth >= 2
         if self.decay_target is None:
@@ -143,11 +170,11 @@ class TitansConfig(MemoryConfig):
     def validate_variant(self) -> None:
         """Part of `@strict`-powered validation: the block around the memory."""
         check_choice("gate", self.gate, ("norm_silu", "additive"))
-        expected = LAYER_TYPE_OF_VARIANT[self.variant]
-        if any(layer_type != expected for layer_type in self.layer_types):
+        expected = LAYER_TYPES_OF_VARIANT[self.variant]
+        if set(self.layer_types) != set(expected):
             raise ValueError(
-                f'variant="{self.variant}" has layers of type "{expected}" only, got layer_types={self.layer_types}: '
-                "drop `layer_types`, or change `variant`."
+                f'variant="{self.variant}" is made of layers of type {" and ".join(expected)}, got '
+                f"layer_types={self.layer_types}: drop `layer_types`, or change `variant` or `num_hidden_layers`."
             )
         check_minimum("num_persistent_tokens", self.num_persistent_tokens, 0)
         if self.variant == "lmm" and self.num_persistent_tokens > 0 and not self.persistent_in_memory:
@@ -155,12 +182,39 @@ class TitansConfig(MemoryConfig):
                 f'With variant="lmm" the memory is all that reads the {self.num_persistent_tokens} persistent tokens: '
                 "set persistent_in_memory=True, or num_persistent_tokens=0."
             )
-        if self.variant == "mag":
+        if self.has_window:
             check_minimum("sliding_window", self.sliding_window, 2)
-            if self.head_dim % 2:
+        if self.variant != "lmm" and self.head_dim % 2:
+            raise ValueError(
+                f'variant="{self.variant}" rotates pairs of channels: `head_dim` must be even, got {self.head_dim}.'
+            )
+
+    def validate_segments(self) -> None:
+        """Part of `@strict`-powered validation: segments of `variant="mac"`."""
+        if self.variant != "mac":
+            return
+        for name in ("segment_size", "num_memory_tokens"):
+            check_minimum(name, getattr(self, name), 1)
+        for name in ("num_memory_tokens", "chunk_size"):
+            if self.segment_size % getattr(self, name):
                 raise ValueError(
-                    f'variant="mag" rotates pairs of channels: `head_dim` must be even, got {self.head_dim}.'
+                    f"`segment_size` ({self.segment_size}) must be a multiple of `{name}` ({getattr(self, name)}): "
+                    "change one of them."
                 )
+        if self.persistent_in_memory and self.num_persistent_tokens % self.chunk_size:
+            raise ValueError(
+                f'With variant="mac" segments end where chunks do, but the {self.num_persistent_tokens} persistent '
+                f"tokens that the memory reads first are no multiple of `chunk_size` ({self.chunk_size}): change one "
+                "of them, or leave persistent_in_memory unset."
+            )
+        if self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise ValueError(
+                'With variant="mac" what the memory recalls stands beside tokens of the text: `num_attention_heads` '
+                f"({self.num_attention_heads}) times `head_dim` ({self.head_dim}) must be `hidden_size` "
+                f"({self.hidden_size})."
+            )
+        if self.gate != "norm_silu":
+            raise ValueError(f'gate="{self.gate}" is defined for variant="mag" only: drop it.')
 
     def validate_memory(self) -> None:
         """Part of `@strict`-powered validation: the memory itself."""

@@ -1,0 +1,30 @@
+"""The property suite with every op in its Triton form; `test_interpreted_properties.py` runs this file."""
+
+import pytest
+
+from hf_memory.evaluation import PROPERTIES, Budget, check_model
+from hf_memory.evaluation.properties_tiny import random_model, tiny_config
+from hf_memory.kernels import force_form
+
+
+# Sizes at which the interpreter, a thousand times slower than a kernel, ends in a minute.
+TINY = {
+    "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "head_dim": 16, "num_persistent_tokens": 0,
+}  # fmt: skip
+# These force forms themselves, or compile a model whose kernels the interpreter would have to run.
+OTHER = ["forms", "static_cache"]
+
+
+@pytest.mark.parametrize("memory", [{"memory_depth": 1, "chunk_size": 4}], ids=["linear"])
+def test_properties(memory: dict):
+    model = random_model(tiny_config("titans", **TINY, **memory))
+    names = [name for name in PROPERTIES if name not in OTHER]
+    with force_form("triton"):
+        report = check_model(
+            model, names, Budget(splits=1, new_tokens=2, long_tokens=64, walk_steps=6, walk_length=16)
+        )
+    unexpected = [
+        r for r in report.results if r.status != "pass" and (r.name, r.status) != ("assisted_decoding", "refused")
+    ]
+    assert not unexpected, "\n".join(map(str, unexpected))
