@@ -21,10 +21,6 @@ def test_properties(memory: dict):
     model = random_model(tiny_config("titans", **TINY, **memory))
     names = [name for name in PROPERTIES if name not in OTHER]
     with force_form("triton"):
-        report = check_model(
-            model, names, Budget(splits=1, new_tokens=2, long_tokens=64, walk_steps=6, walk_length=16)
-        )
-    unexpected = [
-        r for r in report.results if r.status != "pass" and (r.name, r.status) != ("assisted_decoding", "refused")
-    ]
+        report = check_model(model, names, Budget(splits=1, new_tokens=2, long_tokens=64, walk_steps=6, walk_length=16))
+    unexpected = [r for r in report.results if r.status != "pass" and (r.name, r.status) != ("assisted_decoding", "refused")]
     assert not unexpected, "\n".join(map(str, unexpected))
