@@ -51,10 +51,8 @@ def _trellis() -> dict[str, PreTrainedConfig]:
         "ln-silu-chunk1": {"chunk_size": 1, "conv_value": True},
         "ln-silu-learned-start": {"chunk_size": 4, "learn_initial_memory": True, "refinements": 1},
         "l2-silu-softmax": {"chunk_size": 4, "write_map": "l2_silu", "read_map": "softmax", "gate_act": "silu"},
-        "silu-no-conv": {"chunk_size": 4, "write_map": "silu", "conv_kernel": 0, "output_map": "identity"},
-        "identity": {"write_map": "identity", "value_step": "shared"},
-        "identity-chunk4-no-decay": {"write_map": "identity", "chunk_size": 4, "memory_decay": False},
-        "first-order": {"chunk_size": 4, "hypergrad": 0.0},
+        "silu-no-conv": {"chunk_size": 4, "write_map": "silu", "conv_kernel": 0, "hypergrad": 0.0},
+        "identity-chunk4": {"write_map": "identity", "chunk_size": 4, "memory_decay": False, "value_step": "shared"},
     }
     return {name: tiny_config("trellis", vocab_size=64, **fields) for name, fields in options.items()}
 
