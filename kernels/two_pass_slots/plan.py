@@ -6,14 +6,9 @@ from typing import Any
 from ..anchored_linear.plan import power_of_two
 
 
-WIDEST_CHUNK = 64
-# Elements of a memory, by the size of those of its operands: what the registers of a program hold.
-LARGEST_MEMORY = {2: 64 * 128, 4: 64 * 64}
-
-
-def memory_size(slots: int, width: int) -> int:
-    """Elements of a memory when its sides are powers of two."""
-    return power_of_two(slots) * power_of_two(width)
+WIDEST_CHUNK = 16
+# Longest side of a memory, by the size of an element of its operands: what the registers of a program hold.
+WIDEST_MEMORY = {2: 64, 4: 32}
 
 
 def blocks(slots: int, width: int, chunk_size: int, itemsize: int) -> dict[str, int]:
@@ -25,8 +20,8 @@ def blocks(slots: int, width: int, chunk_size: int, itemsize: int) -> dict[str, 
         "DB": power_of_two(width),
         "TILE": chunk_size,
         "BLOCK": power_of_two(chunk_size),
-        # A memory of 64 x 64 takes 32 registers of each thread of four warps; float32 operands come in three parts.
-        "num_warps": 8 if itemsize == 4 or memory_size(slots, width) > 64 * 64 else 4,
+        # float32 operands come in three parts.
+        "num_warps": 8 if itemsize == 4 else 4,
         "num_stages": 1,
     }
 
@@ -44,12 +39,12 @@ def entries(kernels: Iterable[Any], chain: bool) -> list:
 
     found = []
     name = {"MAP": "ln_silu", "EPS": 1e-3 if chain else 1e-6}
-    for dtype, itemsize, width in (("bf16", 2, 64), ("bf16", 2, 128), ("fp32", 4, 64)):
-        constants = blocks(64, width, 16, itemsize)
+    for dtype, itemsize, width in (("bf16", 2, 64), ("fp32", 4, 32)):
+        constants = blocks(width, width, WIDEST_CHUNK, itemsize)
         launched = {part: constants.pop(part) for part in ("num_warps", "num_stages")}
         for kernel in kernels:
             names = [n for n in kernel.arg_names if n not in {*constants, *name, "PRECISION"}]
             types = {n: NUMBERS.get(n) or ("*fp32" if n in FLOAT32 else f"*{dtype}") for n in names}
-            label = f"two_pass_slots {kernel.__name__} 64x{width} chunk 16 {dtype}"
+            label = f"two_pass_slots {kernel.__name__} {width}x{width} {dtype}"
             found.append(KernelEntry(label, kernel, types, constants | name, **launched))
     return found

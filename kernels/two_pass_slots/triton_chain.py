@@ -1,7 +1,8 @@
 """The chain over chunks, forwards and backwards: what cannot run in parallel.
 
-A program owns one memory of one head, `[M, D]` in float32 registers. The copies that the parallel kernels read are in
-the dtype of what is written.
+A program owns one memory of one head, `[M, D]` in float32 registers. What a chunk adds to it has slots as rows and
+tokens as columns: 16 tokens as rows would leave most of a matrix instruction, or of the warps, without work. Copies
+that the parallel kernels read are in the dtype of what is written.
 """
 
 import triton
@@ -27,14 +28,15 @@ def chain_kernel(
     for tile in range(num_tiles):
         index = series * num_tiles + tile
         w = load_slots(written, row, head, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB)
-        target = load_slots(targets, row, head % H, tile, 0, num_tokens, H, M, TILE, BLOCK, MB).to(tl.float32)
+        target = load_slots(targets, row, head % H, tile, 0, num_tokens, H, M, TILE, BLOCK, MB)
+        target = tl.trans(target).to(tl.float32)
         anchor = memory.to(w.dtype)
         store_matrix(states + index * M * D, anchor, 0, 0, M, D, MB, DB)
-        z = tl.dot(w, tl.trans(anchor), input_precision=PRECISION)
-        u = -code(z, target, M, MB, MAP, EPS)
-        store_matrix(directions + index * BLOCK * M, u, 0, 0, BLOCK, M, BLOCK, MB)
-        write = tl.load(rows + index * 4 * BLOCK + 2 * BLOCK + t)[:, None]
-        pushed = tl.trans((write * u).to(w.dtype))
+        z = tl.dot(anchor, tl.trans(w), input_precision=PRECISION)
+        u = -code(z, target, M, MB, MAP, EPS, AXIS=0)
+        store_matrix(directions + index * BLOCK * M, tl.trans(u), 0, 0, BLOCK, M, BLOCK, MB)
+        write = tl.load(rows + index * 4 * BLOCK + 2 * BLOCK + t)[None, :]
+        pushed = (write * u).to(w.dtype)
         memory = tl.load(ends + index * 4) * memory + tl.dot(pushed, w, input_precision=PRECISION)
     store_matrix(last + series * M * D, memory, 0, 0, M, D, MB, DB)
 
@@ -59,24 +61,25 @@ def chain_backward_kernel(
         tile = num_tiles - 1 - step
         index = series * num_tiles + tile
         w = load_slots(written, row, head, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB)
-        target = load_slots(targets, row, head % H, tile, 0, num_tokens, H, M, TILE, BLOCK, MB).to(tl.float32)
+        target = load_slots(targets, row, head % H, tile, 0, num_tokens, H, M, TILE, BLOCK, MB)
+        target = tl.trans(target).to(tl.float32)
         anchor = load_matrix(states + index * M * D, 0, 0, M, D, MB, DB)
-        u = load_matrix(directions + index * BLOCK * M, 0, 0, BLOCK, M, BLOCK, MB)
-        write = tl.load(rows + index * 4 * BLOCK + 2 * BLOCK + t)[:, None]
+        u = tl.trans(load_matrix(directions + index * BLOCK * M, 0, 0, BLOCK, M, BLOCK, MB))
+        write = tl.load(rows + index * 4 * BLOCK + 2 * BLOCK + t)[None, :]
         behind = cot_memory.to(w.dtype)
-        pulled = tl.dot(w, tl.trans(behind), input_precision=PRECISION)
-        tl.store(cot_rows + index * 4 * BLOCK + 2 * BLOCK + t, tl.sum(u.to(tl.float32) * pulled, axis=1))
+        pulled = tl.dot(behind, tl.trans(w), input_precision=PRECISION)
+        tl.store(cot_rows + index * 4 * BLOCK + 2 * BLOCK + t, tl.sum(u.to(tl.float32) * pulled, axis=0))
         tl.store(cot_ends + index * 4, tl.sum(anchor.to(tl.float32) * cot_memory))
-        cot_u = write * pulled + load_matrix(cot_directions + index * BLOCK * M, 0, 0, BLOCK, M, BLOCK, MB)
-        cot_w = write * tl.dot(u, behind, input_precision=PRECISION)
-        cot_w += load_slots(cot_written, row, head, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB).to(tl.float32)
-        z = tl.dot(w, tl.trans(anchor), input_precision=PRECISION)
-        cot_z, cot_target = code_vjp(z, target, -cot_u, M, MB, MAP, EPS)
-        store_slots(cot_targets, cot_target, row, head, tile, 0, num_tokens, 2 * H, M, TILE, BLOCK, MB)
+        cot_u = tl.trans(load_matrix(cot_directions + index * BLOCK * M, 0, 0, BLOCK, M, BLOCK, MB)) + write * pulled
+        cot_w = write * tl.dot(tl.trans(behind), u, input_precision=PRECISION)
+        z = tl.dot(anchor, tl.trans(w), input_precision=PRECISION)
+        cot_z, cot_target = code_vjp(z, target, -cot_u, M, MB, MAP, EPS, AXIS=0)
+        store_slots(cot_targets, tl.trans(cot_target), row, head, tile, 0, num_tokens, 2 * H, M, TILE, BLOCK, MB)
         cot_z = (hypergrad * cot_z).to(w.dtype)
-        cot_w += tl.dot(cot_z, anchor, input_precision=PRECISION)
+        cot_w = tl.trans(cot_w + tl.dot(tl.trans(anchor), cot_z, input_precision=PRECISION))
+        cot_w += load_slots(cot_written, row, head, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB).to(tl.float32)
         store_slots(cot_written, cot_w, row, head, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB)
-        cot_memory = tl.load(ends + index * 4) * cot_memory + tl.dot(tl.trans(cot_z), w, input_precision=PRECISION)
+        cot_memory = tl.load(ends + index * 4) * cot_memory + tl.dot(cot_z, w, input_precision=PRECISION)
         cot_memory += load_matrix(cot_states + index * M * D, 0, 0, M, D, MB, DB)
     store_matrix(cot_start + series * M * D, cot_memory, 0, 0, M, D, MB, DB)
 

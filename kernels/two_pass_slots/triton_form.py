@@ -7,7 +7,7 @@ from ..coefficients_triton import tile_coefficients
 from ..grid import RowGrid
 from ..types import State
 from .inputs import SlotInputs
-from .plan import LARGEST_MEMORY, WIDEST_CHUNK, memory_size
+from .plan import WIDEST_CHUNK, WIDEST_MEMORY
 from .state import buffered_gates, carried, make_state
 from .triton_op import slot_scan
 
@@ -21,9 +21,11 @@ def unsupported(inputs: SlotInputs) -> str | None:
         return "not for write_map='identity'"
     if options.refinements:
         return "not for refinements"
-    largest = LARGEST_MEMORY[inputs.q.element_size()]
-    if memory_size(slots, width) > largest:
-        return f"for up to {largest} elements of a memory in {inputs.q.dtype}, not for {slots} slots of width {width}"
+    widest = WIDEST_MEMORY[inputs.q.element_size()]
+    if max(slots, width) > widest:
+        return (
+            f"for up to {widest} slots of width {widest} in {inputs.q.dtype}, not for {slots} slots of width {width}"
+        )
     if options.chunk_size > WIDEST_CHUNK:
         return f"for chunks of up to {WIDEST_CHUNK} tokens, not for chunk_size={options.chunk_size}"
     return None

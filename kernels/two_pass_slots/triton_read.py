@@ -35,7 +35,7 @@ def read_kernel(
     g = load_matrix(grad + first * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
     beta = tl.load(rows + first * 4 * BLOCK + t)[:, None]
     found, _ = _found(queries, k, memory, u, beta, g, PRECISION)
-    r = map_value(found, M, MB, MAP, EPS).to(k.dtype)
+    r = map_value(found, M, MB, MAP, EPS, AXIS=1).to(k.dtype)
 
     v = load_slots(written, row, head + H, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB)
     memory = load_matrix(states + second * M * D, 0, 0, M, D, MB, DB)
@@ -67,7 +67,7 @@ def read_backward_kernel(
     g_k = load_matrix(grad + first * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
     beta_k = tl.load(rows + first * 4 * BLOCK + t)[:, None]
     found, _ = _found(queries, k, keys, u_k, beta_k, g_k, PRECISION)
-    weights = map_value(found, M, MB, MAP, EPS)
+    weights = map_value(found, M, MB, MAP, EPS, AXIS=1)
     r = weights.to(k.dtype)
 
     cot = load_slots(cot_out, row, head, tile, 0, num_tokens, H, D, TILE, BLOCK, DB)
@@ -98,7 +98,7 @@ def read_backward_kernel(
     u_k = load_matrix(directions + first * BLOCK * M, 0, 0, BLOCK, M, BLOCK, MB)
     g_k = load_matrix(grad + first * BLOCK * BLOCK, 0, 0, BLOCK, BLOCK, BLOCK, BLOCK)
     beta_k = tl.load(rows + first * 4 * BLOCK + t)[:, None]
-    cot_found = map_vjp(found, cot_r, M, MB, MAP, EPS)
+    cot_found = map_vjp(found, cot_r, M, MB, MAP, EPS, AXIS=1)
     cot = cot_found.to(k.dtype)
     back = tl.dot(cot, keys, input_precision=PRECISION)
     tl.store(cot_rows + first * 4 * BLOCK + t, tl.sum(queries.to(tl.float32) * back, axis=1))
