@@ -27,7 +27,7 @@ class SlotOptions:
             the token before; after p times the first p + 1 tokens of a chunk are exact.
         hypergrad: factor of what the outer gradient gets through the point where an inner one is taken: 1 for the
             gradient of the function as it is, 0 for its first-order approximation. Changes no output.
-        form: `"reference"` or `"chunk"`; `None` lets the device of the tensors decide.
+        form: `"reference"`, `"chunk"` or `"triton"`; `None` lets the device of the tensors decide.
     """
 
     chunk_size: int = 16
@@ -63,7 +63,7 @@ class SlotOptions:
 
 
 class SlotInputs(NamedTuple):
-    """Checked operands of one call in the working precision (float32, or float64 for float64 inputs).
+    """Checked operands of one call; those of tokens share a dtype, gates and start are in the working precision.
 
     The memories of keys and those of values are 2 H heads, those of keys first, of one width D: that of the wider
     kind. The other is padded with zeros, which no step changes.
@@ -92,6 +92,16 @@ class SlotInputs(NamedTuple):
         gates = {name: gate for name, gate in self.gates._asdict().items() if gate is not None}
         return {"written": self.written, "targets": self.targets} | gates
 
+    @property
+    def precision(self) -> torch.dtype:
+        """Working precision: float32, or float64 for float64 inputs."""
+        return torch.promote_types(self.q.dtype, torch.float32)
+
+    def upcast(self) -> "SlotInputs":
+        """The same with everything in the working precision."""
+        q, written, targets = (x.to(self.precision) for x in (self.q, self.written, self.targets))
+        return self._replace(q=q, written=written, targets=targets)
+
 
 def check_inputs(
     q: Tensor,
@@ -103,7 +113,7 @@ def check_inputs(
     mask: Tensor | None,
     options: SlotOptions,
 ) -> SlotInputs:
-    """Validate shapes with one-sentence errors, upcast to the working precision, and join the two memories."""
+    """Validate shapes with one-sentence errors, bring tokens to one dtype, and join the two memories."""
     if q.dim() != 4:
         raise ValueError(f"`q` must be [batch, time, heads, width], got {q.dim()} dimensions.")
     if gates.log_momentum is not None:
@@ -126,8 +136,9 @@ def check_inputs(
         if tuple(tensor.shape) != shape:
             raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, expected {shape}.")
 
-    dtype = torch.promote_types(torch.promote_types(q.dtype, v.dtype), torch.float32)
-    q, k, value = (functional.pad(x.to(dtype), (0, width - x.shape[-1])) for x in (q, k, v))
+    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    dtype = torch.promote_types(common, torch.float32)
+    q, k, value = (functional.pad(x.to(common), (0, width - x.shape[-1])) for x in (q, k, v))
 
     def both(gate: Tensor | None) -> Tensor | None:
         if gate is None:
@@ -137,7 +148,7 @@ def check_inputs(
     return SlotInputs(
         q,
         torch.cat([k, value], dim=2),
-        targets.to(dtype),
+        targets.to(common),
         Gates(*map(both, gates)),
         None if start is None else start.to(dtype),
         None if mask is None else mask.bool(),

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import OPS, OpInfo, force_form, forced_form
+from ..dispatch import OPS, OpInfo, force_form, forced_form, forms
 from ..grid import PackedRows
+from ..launch import kernels_run_on
 from ..precision import without_autocast
 from ..types import Gates, State
 from .chunk import chunk_form
@@ -17,18 +18,34 @@ from .state import check_state
 DEFAULTS = SlotOptions()
 
 
-def forms(device: torch.device | str) -> list[str]:
-    """Forms that can run on a device, the one taken by default first."""
-    return ["chunk", "reference"]
+def _choose(inputs: SlotInputs) -> str:
+    asked = forced_form() or inputs.options.form
+    form = asked or forms(inputs.q.device)[0]
+    if form != "triton":
+        return form
+    if not kernels_run_on(inputs.q.device.type):
+        raise ValueError(
+            f"The Triton form needs tensors on a GPU, got {inputs.q.device.type}: use form='chunk', or set "
+            "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU."
+        )
+    from .triton_form import unsupported
+
+    reason = unsupported(inputs)
+    if reason is not None and asked:
+        raise ValueError(f"The Triton form is {reason}: use form='chunk'.")
+    return "chunk" if reason else "triton"
 
 
 def _run(inputs: SlotInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     if state is not None:
         check_state(inputs, state)
-    known = forms(inputs.q.device)
-    form = forced_form() or inputs.options.form
-    # What this op does not have, the Triton form of others, is not an error where a whole model is forced into it.
-    if (form if form in known else known[0]) == "reference":
+    form = _choose(inputs)
+    if form == "triton" and not (state is not None and inputs.q.shape[1] == 1):
+        from .triton_form import triton_form
+
+        return triton_form(inputs, state, output_final_state)
+    inputs = inputs.upcast()
+    if form == "reference":
         return reference_form(inputs, state, output_final_state)
     if state is not None and inputs.q.shape[1] == 1:
         return decode_form(inputs, state)

@@ -24,11 +24,11 @@ from .rule import SlotRule, earlier_rows
 def carried(inputs: SlotInputs, state: State | None) -> Tensor:
     """The memories at the last boundary; the learned start, or zeros, where there is no state."""
     if state is not None:
-        return state["memory"].to(inputs.q.dtype)
+        return state["memory"].to(inputs.precision)
     batch, _, heads, width = inputs.q.shape
     if inputs.start is not None:
         return inputs.start.expand(batch, *inputs.start.shape)
-    return inputs.q.new_zeros(batch, 2 * heads, inputs.targets.shape[-1], width)
+    return inputs.q.new_zeros(batch, 2 * heads, inputs.targets.shape[-1], width, dtype=inputs.precision)
 
 
 def check_state(inputs: SlotInputs, state: State) -> None:
