@@ -161,6 +161,21 @@ def _product(x, y, i, j, K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB:
     return tl.sum(a * load_matrix(y, i, j, K, V, KB, VB).to(tl.float32))
 
 
+@triton.jit
+def _store_coefficients(rows, ends, place, t, beta, f, write, write_s, keep, pull, carry, BLOCK: tl.constexpr):
+    """Gradients of `rows` and `ends` from one block of the memory's rows, in the layout of the coefficients."""
+    rows += place * 4 * BLOCK + t
+    tl.store(rows, beta)
+    tl.store(rows + BLOCK, f)
+    tl.store(rows + 2 * BLOCK, write)
+    tl.store(rows + 3 * BLOCK, write_s)
+    ends += place * 4
+    tl.store(ends, keep)
+    tl.store(ends + 1, pull)
+    tl.store(ends + 2, carry)
+    tl.store(ends + 3, 0.0)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_tiles"])
 def operand_gradients_kernel(
     q, k, u, cot_out, cot_v, base, rows, states, momenta, cot_states, cot_momenta, weights, gram,
@@ -238,16 +253,10 @@ def operand_gradients_kernel(
         cot_keys -= missed
     store_slots(cot_k, cot_keys, row, head, tile, i, num_tokens, H, K, TILE, BLOCK, GB)
 
-    cot_rows += tl.program_id(0).to(tl.int64) * 4 * BLOCK + t
-    tl.store(cot_rows, cot_beta)
-    tl.store(cot_rows + BLOCK, cot_f)
-    tl.store(cot_rows + 2 * BLOCK, cot_write)
-    tl.store(cot_rows + 3 * BLOCK, cot_write_s)
-    cot_ends += tl.program_id(0).to(tl.int64) * 4
-    tl.store(cot_ends, keep)
-    tl.store(cot_ends + 1, pull)
-    tl.store(cot_ends + 2, carry)
-    tl.store(cot_ends + 3, 0.0)
+    place = tl.program_id(0).to(tl.int64)
+    _store_coefficients(
+        cot_rows, cot_ends, place, t, cot_beta, cot_f, cot_write, cot_write_s, keep, pull, carry, BLOCK
+    )
 
 
 compile_entries = partial(

@@ -42,9 +42,6 @@ OWN = "hf_memory"
 COMPILED = "compiled"
 """Its chunk form under `torch.compile`, a form of its own in the rows."""
 
-# The decoded token is the only one who knows the state of a row.
-_OVERWRITE = {"overwrite_state": True} if hasattr(AnchoredOptions, "overwrite_state") else {}
-
 Run = Callable[[Tensors, State | None, bool], tuple[Tensor, State | None]]
 """`(operands, initial state, whether to return the final one)` -> outputs and final state."""
 
@@ -135,13 +132,15 @@ def _truth(run: Run) -> Callable[[Tensors], Tensor]:
 
 def _linear(inputs: Tensors, state: State | None, final: bool, options: AnchoredOptions) -> tuple:
     operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), *weights_of(inputs), norm_of(inputs))
-    options = replace(options, **_OVERWRITE) if state else options
+    # Nobody but the decoded token knows the state of a row.
+    options = replace(options, overwrite_state=state is not None)
     return anchored_linear(*operands, state, final, options=options)
 
 
 def _mlp(inputs: Tensors, state: State | None, final: bool, options: AnchoredOptions) -> tuple:
     operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), weights_of(inputs), norm_of(inputs))
-    options = replace(options, **_OVERWRITE) if state else options
+    # Nobody but the decoded token knows the state of a row.
+    options = replace(options, overwrite_state=state is not None)
     return anchored_mlp(*operands, state, final, options=options)
 
 
