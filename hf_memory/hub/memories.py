@@ -3,10 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
-
 from hf_memory.cache import MemoryCache
+from hf_memory.hub.push import push_folder
 from hf_memory.memory_file import FILE_NAME, MemoryInfo, write_memory
 
 
@@ -59,28 +57,22 @@ def push_memory(
         Page of the commit or of the pull request.
 
     Raises:
-        OSError: when the Hub refuses or cannot be reached; the same call makes up for it.
+        PushError: one sentence, when the Hub refuses or cannot be reached; the same call makes up for it.
     """
     filename = filename or FILE_NAME
-    api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         write_memory(memory, Path(folder) / filename)
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if not api.file_exists(repo_id, "README.md"):
-                card = memory_card(memory.info, repo_id, filename)
-                Path(folder, "README.md").write_text(card, encoding="utf-8")
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message or f"Upload {filename}",
-            )
-        except (HfHubHTTPError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise OSError(f"The memory was not pushed to {repo_id!r}: {reason}") from error
-    return commit.pr_url or commit.commit_url
+        Path(folder, "README.md").write_text(memory_card(memory.info, repo_id, filename), encoding="utf-8")
+        pushed = push_folder(
+            folder,
+            repo_id,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            message=commit_message or f"Upload {filename}",
+            token=token,
+        )
+    return pushed.url
 
 
 def memory_card(info: MemoryInfo, repo_id: str, filename: str = FILE_NAME) -> str:

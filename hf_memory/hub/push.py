@@ -134,10 +134,11 @@ def push_folder(
     Make a commit of all files of a folder, and create the repository or the branch if it is not there.
 
     Weights and code of an earlier version that the folder does not have are removed in the same commit. A card that
-    somebody wrote by hand in the repository stays, if the one in the folder was filled.
+    somebody wrote by hand in the repository stays, if the one in the folder was filled. A folder without a model is
+    added to what is there, whose card stays.
 
     Args:
-        stage: see `stage_folder`.
+        stage: see `stage_folder`; or a folder without a configuration.
         repo: `namespace/name`; a name alone belongs to the user of the token.
         private: of a new repository. Default: as the Hub decides.
         revision: branch. Default: the main one.
@@ -265,7 +266,10 @@ class _Push:
         files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         size = readable_size(sum(path.stat().st_size for path in files.values()))
         self.say(f"Pushing {len(files)} files, {size}, to {self.api.endpoint}/{self.repo}")
-        if not replace:
+        if CONFIG_NAME not in files:
+            if CARD in files and self._remote_text(CARD) is not None:
+                del files[CARD]
+        elif not replace:
             self._refuse_other_model(json.loads((stage / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"])
         if CARD in files and cards.is_ours(files[CARD]) and self._has_handmade_card():
             self.say("The card in the repository was written by hand, and stays.")
@@ -277,7 +281,8 @@ class _Push:
         opened = self._own_pull_request(message) if self.where["create_pr"] else None
         revision = f"refs/pr/{opened}" if opened is not None else self.branch
         before = self.api.model_info(self.repo, revision=revision)
-        stale = [item.rfilename for item in before.siblings if STALE.fullmatch(item.rfilename)]
+        stale = [item.rfilename for item in before.siblings or () if STALE.fullmatch(item.rfilename)]
+        stale = stale if CONFIG_NAME in files else []
         info = self.api.create_commit(
             self.repo,
             [CommitOperationAdd(name, path) for name, path in files.items()]
