@@ -93,15 +93,17 @@ def group_of(num_tiles):
 def cut(kernel: str, memory: Memory, device: Device) -> Cut:
     """The cut of one of `KERNELS`: the widest block at which no target spills (README.md)."""
     block, block_j = padded(memory.tile), 32
+    small, single = device.shared_memory < 200 * 1024 and device.lanes == 32, memory.itemsize == 4
     if kernel == "reverse" or kernel == "advance" and block == 64:
         block_j = 16
-    elif kernel in ("read", "read_backward") and block == 64 and device.shared_memory < 200 * 1024:
-        block_j = 16
-    elif kernel == "keys" and memory.itemsize == 4:
+    elif kernel == "advance" and small and memory.width > 64:
+        block_j = 64  # eight columns for each warp
+    elif kernel in ("read", "read_backward", "keys") and block == 64 and small or kernel == "keys" and single:
         block_j = 16
     elif kernel == "read_backward" and block < 64 and memory.width > 64 and device.lanes == 32:
-        block_j = 64  # eight columns for each warp
-    return Cut(min(block_j, padded(memory.hidden)), 4 if memory.width <= 64 else 8)
+        block_j = 64
+    warps = 8 if memory.width > 64 or kernel == "keys" and single else 4
+    return Cut(min(block_j, padded(memory.hidden)), warps)
 
 
 def state_bytes(memory: Memory, has_momentum: bool) -> int:
