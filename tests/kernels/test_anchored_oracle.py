@@ -24,7 +24,9 @@ def gradients(case: Case, form: str, **kwargs) -> tuple[dict, dict, dict]:
     out, state = case(form, output_final_state=True, **kwargs)
     generator = torch.Generator().manual_seed(5)
     results = [out, *(x for x in state.values() if x.is_floating_point())]
-    loss = sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in results)
+    # The same numbers in every dtype.
+    directions = (torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in results)
+    loss = sum((x * direction).sum() for x, direction in zip(results, directions))
     operands = case.operands
     grads = torch.autograd.grad(loss, list(operands.values()))
     return {"output": out}, state, dict(zip(operands, grads))
