@@ -102,7 +102,7 @@ def test_forms_finds_a_form_that_differs(monkeypatch):
 
     class TwoForms(broken.ChangesEmbeddings):
         def change(self, embeds):
-            return embeds * (1.01 if forced == ["chunk"] else 1.0)
+            return embeds * (1.01 if forced == [None] else 1.0)
 
     TwoForms.__module__ = "hf_memory.models.made_up"
     monkeypatch.setattr(hf_memory.kernels, "force_form", force_form, raising=False)
