@@ -20,8 +20,8 @@ class MemoryStatesMixin(CacheLayerMixin):
     def __init__(self, **kwargs) -> None:
         super().__init__()
         self.states: States = {}
-        # Those among them that the layer made itself and that nobody else holds.
-        self.own_states: States = {}
+        # Names of those that the layer made itself and that nobody else holds.
+        self.own_names: frozenset[str] = frozenset()
         self.has_states = False
         self.is_offloaded = False
         self.seq_length: int | Tensor = 0
@@ -45,9 +45,9 @@ class MemoryStatesMixin(CacheLayerMixin):
                 name: x if not name.startswith(overwritten) or self._owns(name, x) else self._copy(x)
                 for name, x in self.states.items()
             }
-            self.own_states = {name: x for name, x in self.states.items() if name.startswith(overwritten)}
+            self.own_names = frozenset(name for name in self.states if name.startswith(overwritten))
             return self.states
-        self.own_states = {}
+        self.own_names = frozenset()
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Autograd refuses tensors that were made in inference mode.
             return {name: x.clone() if x.is_inference() else x for name, x in self.states.items()}
@@ -56,12 +56,12 @@ class MemoryStatesMixin(CacheLayerMixin):
     def __copy__(self) -> Self:
         # Two layers with the same tensors: neither owns them any more.
         twin = object.__new__(type(self))
-        self.own_states = {}
-        twin.__dict__.update(self.__dict__, own_states={})
+        self.own_names = frozenset()
+        twin.__dict__.update(self.__dict__)
         return twin
 
     def _owns(self, name: str, state: Tensor) -> bool:
-        return self.own_states.get(name) is state and not is_locked(state)
+        return name in self.own_names and not is_locked(state)
 
     @staticmethod
     def _copy(state: Tensor) -> Tensor:
@@ -78,8 +78,9 @@ class MemoryStatesMixin(CacheLayerMixin):
 
     def update_states(self, states: States, num_tokens: int) -> None:
         """Replace the states (if any) by those after `num_tokens` more tokens (padded ones included)."""
-        self.states = self.states | {name: self._replace(self.states.get(name), new) for name, new in states.items()}
-        self.own_states = {name: x for name, x in self.own_states.items() if self.states[name] is x}
+        before = self.states
+        self.states = before | {name: self._replace(before.get(name), new) for name, new in states.items()}
+        self.own_names = frozenset(name for name in self.own_names if self.states[name] is before[name])
         self.device = self._device_of(states)
         self.has_states = self.is_initialized = True
         self._count(num_tokens)
@@ -138,12 +139,12 @@ class MemoryStatesMixin(CacheLayerMixin):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         self.states = {name: self._replace(state, function(state)) for name, state in self.states.items()}
-        self.own_states = {}
+        self.own_names = frozenset()
 
     def reset(self) -> None:
         """Forget everything: the next token meets the learned start."""
         self.states = {}
-        self.own_states = {}
+        self.own_names = frozenset()
         self.has_states = self.is_initialized = self.is_offloaded = False
         self.seq_length = 0
 

@@ -16,7 +16,7 @@ TINY = {
 OTHER = ["forms", "static_cache"]
 
 
-@pytest.mark.parametrize("memory", [{"memory_depth": 1, "chunk_size": 4}], ids=["linear"])
+@pytest.mark.parametrize("memory", [{"memory_depth": 1, "chunk_size": 4}, {"chunk_size": 4}], ids=["linear", "deep"])
 def test_properties(memory: dict):
     model = random_model(tiny_config("titans", **TINY, **memory))
     names = [name for name in PROPERTIES if name not in OTHER]
