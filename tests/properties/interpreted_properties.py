@@ -1,7 +1,5 @@
 """The property suite with every op in its Triton form; `test_interpreted_properties.py` runs this file."""
 
-import pytest
-
 from hf_memory.evaluation import PROPERTIES, Budget, check_model
 from hf_memory.evaluation.properties_tiny import random_model, tiny_config
 from hf_memory.kernels import force_form
@@ -14,17 +12,23 @@ TINY = {
 }  # fmt: skip
 # These force forms themselves, or compile a model whose kernels the interpreter would have to run.
 OTHER = ["forms", "static_cache"]
+# Of a deep memory, whose kernels the interpreter needs ten times as long for, one of each kind.
+OF_EACH_KIND = ["split_invariance", "left_padding", "beam_search", "gradient_checkpointing"]
 
 
-@pytest.mark.parametrize("memory", [{"memory_depth": 1, "chunk_size": 4}, {"chunk_size": 4}], ids=["linear", "deep"])
-def test_properties(memory: dict):
-    model = random_model(tiny_config("titans", **TINY, **memory))
-    names = [name for name in PROPERTIES if name not in OTHER]
+def check(properties: list[str], **memory) -> None:
+    model = random_model(tiny_config("titans", **TINY, chunk_size=4, **memory))
+    budget = Budget(splits=1, new_tokens=2, long_tokens=64, walk_steps=6, walk_length=16)
     with force_form("triton"):
-        report = check_model(
-            model, names, Budget(splits=1, new_tokens=2, long_tokens=64, walk_steps=6, walk_length=16)
-        )
-    unexpected = [
-        r for r in report.results if r.status != "pass" and (r.name, r.status) != ("assisted_decoding", "refused")
-    ]
+        report = check_model(model, properties, budget)
+    allowed = {("assisted_decoding", "refused")}
+    unexpected = [r for r in report.results if r.status != "pass" and (r.name, r.status) not in allowed]
     assert not unexpected, "\n".join(map(str, unexpected))
+
+
+def test_linear():
+    check([name for name in PROPERTIES if name not in OTHER], memory_depth=1)
+
+
+def test_deep():
+    check(OF_EACH_KIND, memory_depth=2, memory_expansion=2)
