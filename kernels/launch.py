@@ -8,6 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from .precision import without_autocast
+
 
 def _import_triton() -> ModuleType | None:
     try:
@@ -115,7 +117,9 @@ def differentiable_op(
         ctx.save_for_backward(*tensors)
 
     def run_backward(ctx, *cotangents):
-        return spread(backward_op(*cotangents, *ctx.saved_tensors, *ctx.numbers), ctx.numbers)
+        # Products beside the kernels would be rounded where a caller runs the backward inside autocast.
+        with without_autocast(ctx.saved_tensors[0].device):
+            return spread(backward_op(*cotangents, *ctx.saved_tensors, *ctx.numbers), ctx.numbers)
 
     op.register_autograd(run_backward, setup_context=setup_context)
     return op

@@ -71,6 +71,25 @@ def test_packed_rows():
     check({"shape": (1, 60, 1, 8)}, {"chunk_size": 4}, cu_seqlens=torch.tensor([0, 1, 38, 60]))
 
 
+def test_a_start_of_any_strides():
+    case = Case(**LINEAR, shape=(1, 20, 2, 16), dtype=torch.float32, options={"decay_target": "init"})
+    with torch.no_grad():
+        expected, _ = case("triton")
+        case.weights = [w.mT.contiguous().mT for w in case.weights]
+        found, _ = case("triton")
+    assert_close(found, expected, 1e-6)
+
+
+def test_a_backward_inside_autocast_keeps_its_digits():
+    case = Case(**LINEAR, shape=(1, 20, 1, 16), dtype=torch.float32, options={"decay_target": "init"}).require_grad()
+    out, _ = case("triton")
+    expected = torch.autograd.grad(out.square().sum(), case.weights[0], retain_graph=True)[0]
+    loss = out.square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(loss, case.weights[0])[0]
+    assert_close(found, expected, 1e-6)
+
+
 def test_against_autograd_of_the_loss():
     case = {"shape": (1, 40, 1, 8)}
     truth = gradients(Case(**LINEAR, **case, options={"chunk_size": 4}), "reference")
