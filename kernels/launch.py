@@ -34,6 +34,22 @@ def kernels_run_on(device_type: str) -> bool:
     return device_type == "cuda" and _import_triton() is not None
 
 
+def require_kernels(device_type: str) -> None:
+    """Refuse the Triton form where its kernels do not run.
+
+    Raises:
+        ValueError: with what is in the way: no Triton, or no GPU.
+    """
+    if kernels_run_on(device_type):
+        return
+    if device_type == "cuda":
+        raise ValueError("The Triton form needs the package triton, which cannot be imported: use form='chunk'.")
+    raise ValueError(
+        f"The Triton form needs tensors on a GPU, got {device_type}: use form='chunk', or set "
+        "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU."
+    )
+
+
 @torch.compiler.assume_constant_result
 def _is_hip() -> bool:
     return torch.version.hip is not None

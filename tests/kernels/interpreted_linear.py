@@ -12,6 +12,7 @@ from hf_memory.kernels.coefficients_triton import tile_coefficients
 
 
 LINEAR = {"depth": 1, "norm": False}
+TO_START = {"decay_target": "init"}
 
 CASES = {
     "online": ({"shape": (1, 63, 1, 16)}, {"chunk_size": 1}),
@@ -99,9 +100,12 @@ def test_against_autograd_of_the_loss():
             assert_close(actual[name], x, 2e-6, name)
 
 
-def test_half_precision_costs_what_it_costs_the_chunk_form():
+@pytest.mark.parametrize(("time", "options"), [(70, {"chunk_size": 16}), (140, {"chunk_size": 96, **TO_START})])
+def test_half_precision_costs_what_it_costs_the_chunk_form(time: int, options: dict):
+    """Its chain keeps states in registers: within tiles of several chunks, and within chunks of several tiles."""
+
     def run(form: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        case = Case(**LINEAR, shape=(1, 70, 1, 32), options={"chunk_size": 16}).to(torch.float16).to(dtype)
+        case = Case(**LINEAR, shape=(1, time, 1, 32), options=options).to(torch.float16).to(dtype)
         if dtype == torch.float16:  # gates and weights stay float32
             case.gates = Gates(*(gate.float() for gate in case.gates))
             case.weights = [w.float() for w in case.weights]
