@@ -10,7 +10,7 @@ from torch import Tensor
 from .anchored_mlp.decode import decode_form
 from .anchored_mlp.reference import reference_form
 from .grid import PackedRows
-from .launch import kernels_run_on
+from .launch import kernels_run_on, require_kernels
 from .precision import without_autocast
 from .prefill import chunk_form
 from .state import check_state
@@ -68,11 +68,7 @@ def _choose(inputs: Inputs, state: State | None, decodes: bool) -> str:
     form = asked or forms(inputs.q.device)[0]
     if form != "triton":
         return form
-    if not kernels_run_on(inputs.q.device.type):
-        raise ValueError(
-            f"The Triton form needs tensors on a GPU, got {inputs.q.device.type}: use form='chunk', or set "
-            "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU."
-        )
+    require_kernels(inputs.q.device.type)
     if decodes:
         from .anchored_mlp.triton_decode import supports
 

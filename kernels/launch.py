@@ -8,6 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from .precision import without_autocast
+
 
 def _import_triton() -> ModuleType | None:
     try:
@@ -30,6 +32,22 @@ def kernels_run_on(device_type: str) -> bool:
     if device_type == "cpu":
         return is_interpreted()
     return device_type == "cuda" and _import_triton() is not None
+
+
+def require_kernels(device_type: str) -> None:
+    """Refuse the Triton form where its kernels do not run.
+
+    Raises:
+        ValueError: with what is in the way: no Triton, or no GPU.
+    """
+    if kernels_run_on(device_type):
+        return
+    if device_type == "cuda":
+        raise ValueError("The Triton form needs the package triton, which cannot be imported: use form='chunk'.")
+    raise ValueError(
+        f"The Triton form needs tensors on a GPU, got {device_type}: use form='chunk', or set "
+        "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU."
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -115,7 +133,9 @@ def differentiable_op(
         ctx.save_for_backward(*tensors)
 
     def run_backward(ctx, *cotangents):
-        return spread(backward_op(*cotangents, *ctx.saved_tensors, *ctx.numbers), ctx.numbers)
+        # Products beside the kernels would be rounded where a caller runs the backward inside autocast.
+        with without_autocast(ctx.saved_tensors[0].device):
+            return spread(backward_op(*cotangents, *ctx.saved_tensors, *ctx.numbers), ctx.numbers)
 
     op.register_autograd(run_backward, setup_context=setup_context)
     return op

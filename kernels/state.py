@@ -59,22 +59,26 @@ def check_state(inputs: Inputs, state: State) -> None:
     """Refuse a state of another batch, shape or option set.
 
     Raises:
-        ValueError: with the name of what is missing or misshapen.
+        ValueError: with the name of what is missing, misshapen or of another dtype.
     """
     batch, _, heads, width = inputs.q.shape
-    chunk, sets = inputs.options.chunk_size, inputs.gates.step.shape[-1]
-    expected = {"keys": (batch, heads, chunk, width), "step": (batch, heads, chunk, sets), "phase": (batch,)}
+    chunk = inputs.options.chunk_size
+    expected = {"keys": (batch, heads, chunk, width), "values": (batch, heads, chunk, inputs.v.shape[-1])}
+    gates = {name: gate for name, gate in inputs.gates._asdict().items() if gate is not None}
+    expected |= {name: (batch, heads, chunk, gate.shape[-1]) for name, gate in gates.items()}
     prefixes = [memory_name(inputs)] + ([] if inputs.gates.log_momentum is None else ["momentum"])
     for i, weight in enumerate(inputs.weights):
         expected |= {f"{prefix}_{i}": (batch, *weight.shape) for prefix in prefixes}
-    names = {*expected, "values", *(f"feature_{i}" for i in range(1, inputs.depth))}
-    names |= {f"direction_{i}" for i in range(inputs.depth)}
-    names |= {name for name, gate in inputs.gates._asdict().items() if gate is not None}
-    if odd := sorted(names ^ state.keys()):
+        expected |= {f"feature_{i}": (batch, heads, chunk, weight.shape[1])} if i > 0 else {}
+        expected |= {f"direction_{i}": (batch, heads, chunk, weight.shape[2])}
+    expected |= {"phase": (batch,)}
+    if odd := sorted(expected.keys() ^ state.keys()):
         raise ValueError(f"`initial_state` was made with other options: {', '.join(odd)} missing or not expected.")
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
             raise ValueError(f"`initial_state[{name!r}]` has shape {tuple(state[name].shape)}, expected {shape}.")
+    if state["phase"].dtype != torch.int64:
+        raise ValueError(f"`initial_state['phase']` has dtype {state['phase'].dtype}, expected torch.int64.")
 
 
 def make_state(

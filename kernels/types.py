@@ -145,6 +145,8 @@ def check_inputs(
     if q.dim() != 4:
         raise ValueError(f"`q` must be [batch, time, heads, width], got {q.dim()} dimensions.")
     batch, time, heads, key_width = q.shape
+    if time == 0:
+        raise ValueError(f"A call needs at least one token, got `q` of shape {tuple(q.shape)}.")
     value_width, depth = v.shape[-1], len(weights)
     _expect("k", k, q.shape)
     _expect("v", v, (batch, time, heads, value_width))

@@ -46,6 +46,7 @@ def linear_scan(
     """
     q, k, v, *carried = (x.contiguous() for x in (q, k, v, *carry))
     offset, momentum = carried if len(carry) == 2 else (*carried, None)
+    base = None if base is None else base.contiguous()
     out, *after = _scan(q, k, v, *coefficients, base, offset, momentum, anchored, chunk_size, at_decayed)
     return out, tuple(after[: len(carry)])
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..dispatch import OPS, OpInfo, force_form, forced_form
 from ..grid import PackedRows
-from ..launch import kernels_run_on
+from ..launch import kernels_run_on, require_kernels
 from ..precision import without_autocast
 from ..types import Gates, State
 from .chunk import chunk_form
@@ -30,11 +30,7 @@ def _choose(inputs: SphereInputs) -> str:
     form = asked or forms(inputs.q.device)[0]
     if form != "triton":
         return form
-    if not kernels_run_on(inputs.q.device.type):
-        raise ValueError(
-            f"The Triton form needs tensors on a GPU, got {inputs.q.device.type}: use form='chunk', or set "
-            "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU."
-        )
+    require_kernels(inputs.q.device.type)
     from .triton_op import unsupported
 
     reason = unsupported(inputs)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..dispatch import OPS, OpInfo, force_form, forced_form, forms
 from ..grid import PackedRows
-from ..launch import kernels_run_on
+from ..launch import require_kernels
 from ..precision import without_autocast
 from ..types import Gates, State
 from .chunk import chunk_form
@@ -23,11 +23,7 @@ def _choose(inputs: SlotInputs) -> str:
     form = asked or forms(inputs.q.device)[0]
     if form != "triton":
         return form
-    if not kernels_run_on(inputs.q.device.type):
-        raise ValueError(
-            f"The Triton form needs tensors on a GPU, got {inputs.q.device.type}: use form='chunk', or set "
-            "TRITON_INTERPRET=1 before Python starts to try the kernels on the CPU."
-        )
+    require_kernels(inputs.q.device.type)
     from .triton_form import unsupported
 
     reason = unsupported(inputs)

@@ -12,6 +12,7 @@ from hf_memory.kernels.coefficients_triton import tile_coefficients
 
 
 LINEAR = {"depth": 1, "norm": False}
+TO_START = {"decay_target": "init"}
 
 CASES = {
     "online": ({"shape": (1, 63, 1, 16)}, {"chunk_size": 1}),
@@ -71,6 +72,25 @@ def test_packed_rows():
     check({"shape": (1, 60, 1, 8)}, {"chunk_size": 4}, cu_seqlens=torch.tensor([0, 1, 38, 60]))
 
 
+def test_a_start_of_any_strides():
+    case = Case(**LINEAR, shape=(1, 20, 2, 16), dtype=torch.float32, options={"decay_target": "init"})
+    with torch.no_grad():
+        expected, _ = case("triton")
+        case.weights = [w.mT.contiguous().mT for w in case.weights]
+        found, _ = case("triton")
+    assert_close(found, expected, 1e-6)
+
+
+def test_a_backward_inside_autocast_keeps_its_digits():
+    case = Case(**LINEAR, shape=(1, 20, 1, 16), dtype=torch.float32, options={"decay_target": "init"}).require_grad()
+    out, _ = case("triton")
+    expected = torch.autograd.grad(out.square().sum(), case.weights[0], retain_graph=True)[0]
+    loss = out.square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(loss, case.weights[0])[0]
+    assert_close(found, expected, 1e-6)
+
+
 def test_against_autograd_of_the_loss():
     case = {"shape": (1, 40, 1, 8)}
     truth = gradients(Case(**LINEAR, **case, options={"chunk_size": 4}), "reference")
@@ -80,9 +100,12 @@ def test_against_autograd_of_the_loss():
             assert_close(actual[name], x, 2e-6, name)
 
 
-def test_half_precision_costs_what_it_costs_the_chunk_form():
+@pytest.mark.parametrize(("time", "options"), [(70, {"chunk_size": 16}), (140, {"chunk_size": 96, **TO_START})])
+def test_half_precision_costs_what_it_costs_the_chunk_form(time: int, options: dict):
+    """Its chain keeps states in registers: within tiles of several chunks, and within chunks of several tiles."""
+
     def run(form: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        case = Case(**LINEAR, shape=(1, 70, 1, 32), options={"chunk_size": 16}).to(torch.float16).to(dtype)
+        case = Case(**LINEAR, shape=(1, time, 1, 32), options=options).to(torch.float16).to(dtype)
         if dtype == torch.float16:  # gates and weights stay float32
             case.gates = Gates(*(gate.float() for gate in case.gates))
             case.weights = [w.float() for w in case.weights]

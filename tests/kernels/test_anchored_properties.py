@@ -223,6 +223,7 @@ def test_errors_are_one_sentence():
         (lambda: case("triton?"), "form"),
         (lambda: case(initial_state={}), "missing or not expected"),
         (lambda: force_form("fast").__enter__(), "form"),
+        (lambda: case(tokens=case.sliced(0, 0)), "at least one token"),
     ]
     for call, word in broken:
         with pytest.raises(ValueError, match=word) as error:
@@ -232,6 +233,17 @@ def test_errors_are_one_sentence():
     _, state = other(output_final_state=True)
     with pytest.raises(ValueError, match="keys"):
         case(initial_state=state)
+
+
+def test_every_misshapen_tensor_of_a_state_is_named():
+    """A decode kernel would read past the end of one."""
+    case = Case(**DEEP, options={"chunk_size": 4})
+    _, state = case(output_final_state=True)
+    for name, x in state.items():
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            case(tokens=case.sliced(0, 1), initial_state=state | {name: x[..., :-1]})
+    with pytest.raises(ValueError, match="'phase'.*int32.*int64"):
+        case(tokens=case.sliced(0, 1), initial_state=state | {"phase": state["phase"].int()})
 
 
 def test_state_of_another_rule_is_refused():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from op_inputs import Case
 
-from hf_memory.kernels import dispatch
+from hf_memory.kernels import dispatch, launch
 from hf_memory.kernels.anchored_linear.plan import plan, tile_width
 
 
@@ -53,3 +53,10 @@ def test_without_a_gpu_the_kernels_are_not_for_these_tensors():
     assert "triton" not in dispatch.forms("cpu")
     with pytest.raises(ValueError, match="needs tensors on a GPU, got cpu.*TRITON_INTERPRET=1"):
         Case(depth=1, norm=False, shape=(1, 4, 1, 8), dtype=torch.float32)("triton")
+
+
+def test_a_gpu_without_triton_is_not_told_to_be_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(launch, "_import_triton", lambda: None)
+    assert dispatch.forms("cuda") == ["chunk", "reference"]
+    with pytest.raises(ValueError, match="needs the package triton"):
+        launch.require_kernels("cuda")
