@@ -48,6 +48,10 @@ def test_faults_are_survived_or_said(online: LoopbackHub, model):
         MemoryCache.from_pretrained("tester/book", model=model, filename="other.memory")
     with pytest.raises(FileNotFoundError, match="neither a file here nor a repository"):
         MemoryCache.from_pretrained("tester/nothing", model=model)
+    with pytest.raises(FileNotFoundError, match="has no revision 'nowhere'"):
+        MemoryCache.from_pretrained("tester/book", model=model, revision="nowhere")
+    with pytest.raises(FileNotFoundError, match="'a folder/a book' is no name for a repository"):
+        MemoryCache.from_pretrained("a folder/a book", model=model)
 
 
 def test_the_card_names_the_model_where_it_is_on_the_hub(model):
