@@ -23,7 +23,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -32,7 +38,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from hf_memory.cache_states import MemoryStatesMixin
-from hf_memory.memory_identity import Fingerprint, ModelIdentity, without_adapter_wrapper
+from hf_memory.memory_identity import HUB_ID, Fingerprint, ModelIdentity, without_adapter_wrapper
 
 
 logger = logging.get_logger(__name__)
@@ -41,7 +47,10 @@ FORMAT_VERSION = 1
 FILE_NAME = "memory.safetensors"
 """Name of a memory file inside a folder or a repository."""
 
-_DOCUMENT, _HASH = "hf_memory", "sha256"
+DOCUMENT = "hf_memory"
+"""Entry of a safetensors file's metadata that makes it a memory file."""
+
+_HASH = "sha256"
 _UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
 _ATTENTION = {"attention.keys": 2, "attention.values": 2}
 """Tensors of a layer of transformers, and their dimension that counts slots."""
@@ -111,6 +120,12 @@ def find_memory_file(
         raise FileNotFoundError(
             f"{name!r} is neither a file here nor a repository on the Hub that you can read."
         ) from error
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"There is no memory file {str(path)!r}, and {name!r} is no name for a repository on the Hub."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"The repository {name!r} has no revision {revision!r}.") from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"The repository {name!r} has no file {wanted!r}.") from error
 
@@ -160,7 +175,7 @@ def write_memory(cache: Cache, path: str | os.PathLike) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _written_beside(path) as beside:
-            save_file(tensors, beside, {_DOCUMENT: json.dumps(fields, sort_keys=True)})
+            save_file(tensors, beside, {DOCUMENT: json.dumps(fields, sort_keys=True)})
     except Exception as error:
         raise OSError(f"The memory could not be written to {path}: {error}. Nothing of it is left there.") from error
     return path
@@ -379,7 +394,7 @@ def _open(path: str | os.PathLike) -> tuple[MemoryInfo, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            document = metadata.get(_DOCUMENT)
+            document = metadata.get(DOCUMENT)
             # Not one byte of the tensors of a file that is something else.
             names = [] if document is None else file.keys()
             tensors = {name: file.get_tensor(name).clone() for name in names}
@@ -414,6 +429,9 @@ def _parse(fields: dict[str, Any], tensors: dict[str, Tensor]) -> MemoryInfo:
     if not all(isinstance(text, str) for item in notes.items() for text in item):
         raise ValueError("notes that are no text")
     weights = None if model["weights"] is None else Fingerprint(**model["weights"])
+    if model["name"] is not None and not HUB_ID.fullmatch(model["name"]):
+        # It comes to stand in cards.
+        raise ValueError(f"{model['name']!r} as the id of a model")
     texts = [model["model_type"], model["name"] or "", *(dataclasses.astuple(weights) if weights else ())]
     if not all(isinstance(text, str) for text in texts) or not isinstance(model["config"], dict):
         raise ValueError("a model without a type or a configuration")

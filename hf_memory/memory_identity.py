@@ -31,7 +31,8 @@ from transformers.modeling_utils import PreTrainedModel
 _WITHOUT_EFFECT = re.compile(
     r"vocab_size|initializer_range|use_cache|tie_word_embeddings|pretraining_tp|\w*token_ids?|\w*dropout"
 )
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""What a model on the Hub is called: nothing that could be more than a name in a card or a command."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class ModelIdentity:
         model = without_adapter_wrapper(model)
         config = model.config.get_text_config(decoder=True)
         name = getattr(config, "_name_or_path", None) or ""
-        is_on_hub = _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+        is_on_hub = HUB_ID.fullmatch(name) is not None and not Path(name).exists()
         # As it comes back from a file: lists for tuples, strings for whatever JSON does not know.
         fields = json.loads(json.dumps(functional_fields(config), default=str))
         return cls(config.model_type, name if is_on_hub else None, fields, fingerprint(model))

@@ -111,7 +111,10 @@ class MemoryReaderMixin:
         if memory is None:
             memory = self.new_memory()
         elif not isinstance(memory, MemoryCache):
-            raise ValueError(f"`memory` must be a MemoryCache, got {type(memory).__name__}.")
+            raise ValueError(
+                f"`memory` must be a MemoryCache of {MemoryCache.__module__}, got a {type(memory).__name__} of "
+                f"{type(memory).__module__}. Between two copies of this code a memory goes as a file."
+            )
         elif memory.model_identity is not None:
             known = memory.model_identity.weights is not None and identity.weights is not None
             memory.model_identity.refuse_other(identity, self.config.get_text_config(decoder=True), known)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,7 @@ def read(
 
     _check_text(text)
     output = memory_path(output)
+    _check_output(output, text)
     part = output.with_name(output.name + ".part")
     loaded = load_model(model, device, dtype, trust_remote_code)
     if not hasattr(loaded, "read"):
@@ -124,8 +126,23 @@ def _sentences() -> Iterator[None]:
 
 
 def _check_text(text: str) -> None:
-    if text != "-" and not Path(text).is_file():
-        raise UserError(f"There is no file {text!r} to read.")
+    if text == "-" or Path(text).is_file():
+        return
+    if Path(text).exists():
+        raise UserError(f'{text!r} is no regular file: pipe the text in, and give "-" in its place.')
+    raise UserError(f"There is no file {text!r} to read.")
+
+
+def _check_output(output: Path, text: str) -> None:
+    """Refuse before the first token what would fail behind the last one."""
+    if text != "-" and output.exists() and output.samefile(text):
+        raise UserError(f"The memory would take the place of the text {text!r}: give another --output.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"No file can be written to {str(output.parent)!r}: {error.strerror}.") from error
 
 
 def _start(model: PreTrainedModel, text: str, part: Path, memory: str | None) -> tuple[MemoryCache | None, int]:

@@ -22,6 +22,7 @@ from transformers.configuration_utils import PreTrainedConfig
 import hf_memory
 from hf_memory._cli.loading import UserError
 from hf_memory._cli.state_size import build_without_weights, kv_cache_bytes, layer_states, readable_size
+from hf_memory.memory_file import DOCUMENT
 
 
 MARK = "<!-- Filled by hf-memory from the files of this folder; a card with this line is replaced by the next one. -->"
@@ -242,6 +243,9 @@ def _count_parameters(folder: Path, config: PreTrainedConfig, dtype: Any) -> int
         count = 0
         for file in files:
             with safe_open(file, framework="numpy") as weights:
+                if DOCUMENT in (weights.metadata() or {}):
+                    # A memory file beside the weights.
+                    continue
                 count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
         return count
     is_causal_lm = _kind(config) == _KINDS["ForCausalLM"]

@@ -1,10 +1,10 @@
 """Memory files on the Hub."""
 
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from hf_memory.cache import MemoryCache
-from hf_memory.hub.push import push_folder
+from hf_memory.hub.push import STALE, push_folder
 from hf_memory.memory_file import FILE_NAME, MemoryInfo, write_memory
 
 
@@ -41,12 +41,15 @@ def push_memory(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """`MemoryCache.push_to_hub`: put a memory into a repository, in one commit, with a card if it has none.
+    """`MemoryCache.push_to_hub`: put a memory into a repository, in one commit.
+
+    A repository that has neither a card nor a model gets a card.
 
     Args:
         memory: the memory.
-        repo_id: `namespace/name`; the repository is made if need be.
-        filename: name of the file there, `"memory.safetensors"` by default.
+        repo_id: `namespace/name`; a name alone belongs to the user of the token. The repository is made if need be.
+        filename: name of the file there, `"memory.safetensors"` by default; it ends in `.memory` or `.safetensors`,
+            and may lie in a folder.
         private: of a new repository.
         revision: branch.
         create_pr: open a pull request.
@@ -57,12 +60,14 @@ def push_memory(
         Page of the commit or of the pull request.
 
     Raises:
+        ValueError: for a name that is no place for a memory, before anything is written or sent.
         PushError: one sentence, when the Hub refuses or cannot be reached; the same call makes up for it.
     """
     filename = filename or FILE_NAME
+    _check_name(filename)
+    info = memory.info
     with tempfile.TemporaryDirectory() as folder:
         write_memory(memory, Path(folder) / filename)
-        Path(folder, "README.md").write_text(memory_card(memory.info, repo_id, filename), encoding="utf-8")
         pushed = push_folder(
             folder,
             repo_id,
@@ -71,6 +76,7 @@ def push_memory(
             create_pr=create_pr,
             message=commit_message or f"Upload {filename}",
             token=token,
+            card=lambda repo: memory_card(info, repo, filename),
         )
     return pushed.url
 
@@ -88,3 +94,14 @@ def memory_card(info: MemoryInfo, repo_id: str, filename: str = FILE_NAME) -> st
         repo_id=repo_id,
         filename="" if filename == FILE_NAME else f", filename={filename!r}",
     )
+
+
+def _check_name(filename: str) -> None:
+    """Refuse names that lead out of the repository, that loading would not find, or that are a model's own."""
+    path = PurePosixPath(filename)
+    is_inside = str(path) == filename and not path.is_absolute() and ".." not in path.parts and "\\" not in filename
+    if not is_inside or path.suffix not in (".memory", ".safetensors") or STALE.fullmatch(filename):
+        raise ValueError(
+            f"A memory cannot be called {filename!r} in a repository: give a relative name that ends in `.memory` or "
+            "`.safetensors` and is not that of a model's weights, such as 'book.memory'."
+        )

@@ -128,6 +128,7 @@ def push_folder(
     description: str | None = None,
     replace: bool = False,
     token: str | bool | None = None,
+    card: Callable[[str], str] | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Pushed:
     """
@@ -135,7 +136,7 @@ def push_folder(
 
     Weights and code of an earlier version that the folder does not have are removed in the same commit. A card that
     somebody wrote by hand in the repository stays, if the one in the folder was filled. A folder without a model is
-    added to what is there, whose card stays.
+    added to what is there.
 
     Args:
         stage: see `stage_folder`; or a folder without a configuration.
@@ -147,6 +148,8 @@ def push_folder(
         description: of the commit.
         replace: whether the repository may hold a model of another type.
         token: default: the one that `hf auth login` or `HF_TOKEN` gave.
+        card: for a folder without a model: the text of `README.md` by the full name of the repository, where that has
+            neither a card nor a model.
         say: is told what happens.
 
     Raises:
@@ -161,6 +164,8 @@ def push_folder(
     try:
         push.name_owner()
         push.make_room(private)
+        if card is not None and push.needs_card():
+            (stage / CARD).write_text(card(push.repo), encoding="utf-8")
         return push.commit(stage, message or f"Upload {stage.name} with hf-memory", description, replace)
     except Exception as error:
         text = push.explain(error)
@@ -262,14 +267,15 @@ class _Push:
         if self.branch is not None:
             self._persist(lambda: self.api.create_branch(self.repo, branch=self.branch, exist_ok=True))
 
+    def needs_card(self) -> bool:
+        """Whether a card on something else than a model is missing."""
+        return self._remote_text(CARD) is None and self._remote_text(CONFIG_NAME) is None
+
     def commit(self, stage: Path, message: str, description: str | None, replace: bool) -> Pushed:
         files = {path.relative_to(stage).as_posix(): path for path in sorted(stage.rglob("*")) if path.is_file()}
         size = readable_size(sum(path.stat().st_size for path in files.values()))
         self.say(f"Pushing {len(files)} files, {size}, to {self.api.endpoint}/{self.repo}")
-        if CONFIG_NAME not in files:
-            if CARD in files and self._remote_text(CARD) is not None:
-                del files[CARD]
-        elif not replace:
+        if CONFIG_NAME in files and not replace:
             self._refuse_other_model(json.loads((stage / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"])
         if CARD in files and cards.is_ours(files[CARD]) and self._has_handmade_card():
             self.say("The card in the repository was written by hand, and stays.")

@@ -8,6 +8,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
+from safetensors.torch import save_file
 
 from hf_memory import TitansForSequenceClassification
 from hf_memory._cli.loading import UserError
@@ -79,6 +80,8 @@ def test_other_heads_and_the_weights_that_are_there(tmp_path, monkeypatch):
     model = TitansForSequenceClassification(config)
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    # A memory file that lies there, too, holds no parameters.
+    save_file({"layers.0.memory": torch.zeros(1, 9)}, tmp_path / "memory.safetensors", {"hf_memory": "{}"})
     card = ModelCard.load(cards.write_card(tmp_path, config))
     assert f"\n{model.num_parameters():,} parameters, in float32.\n" in card.text
     assert "AutoModelForSequenceClassification.from_pretrained" in card.text and "pipeline(" not in card.text

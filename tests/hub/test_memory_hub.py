@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from loopback import LoopbackHub
 
 from hf_memory import MemoryCache, TitansConfig, TitansForCausalLM
@@ -47,6 +48,10 @@ def test_faults_are_survived_or_said(online: LoopbackHub, model):
         MemoryCache.from_pretrained("tester/book", model=model, filename="other.memory")
     with pytest.raises(FileNotFoundError, match="neither a file here nor a repository"):
         MemoryCache.from_pretrained("tester/nothing", model=model)
+    with pytest.raises(FileNotFoundError, match="has no revision 'nowhere'"):
+        MemoryCache.from_pretrained("tester/book", model=model, revision="nowhere")
+    with pytest.raises(FileNotFoundError, match="'a folder/a book' is no name for a repository"):
+        MemoryCache.from_pretrained("a folder/a book", model=model)
 
 
 def test_the_card_names_the_model_where_it_is_on_the_hub(model):
@@ -55,3 +60,34 @@ def test_the_card_names_the_model_where_it_is_on_the_hub(model):
     model.config._name_or_path = "user/model"
     card = memory_card(model.read([1, 2, 3]).info, "user/book", "a.memory")
     assert "base_model: user/model" in card and "filename='a.memory'" in card
+
+
+@pytest.mark.parametrize(
+    "filename",
+    ("../evil.memory", "/evil.memory", "a/../../evil.memory", "./a.memory", "a\\b.memory", "book", "README.md")
+    + ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "memory.bin"),
+)
+def test_a_name_that_is_no_place_for_a_memory_is_refused(online: LoopbackHub, model, filename, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ValueError, match="relative name that ends in `.memory`"):
+        model.read([1, 2, 3]).push_to_hub("tester/book", filename=filename)
+    assert not online.requests and not list(tmp_path.rglob("*evil*"))
+
+
+def test_the_card_has_the_full_name(online: LoopbackHub, model):
+    model.read([1, 2, 3]).push_to_hub("book", filename="texts/first.memory")
+    card = online.files("tester/book")["README.md"].decode()
+    assert "from_pretrained('tester/book', model=model, filename='texts/first.memory')" in card
+    back = MemoryCache.from_pretrained("tester/book", model=model, filename="texts/first.memory")
+    assert back.info.tokens == 3
+
+
+def test_a_model_with_or_without_a_card_stays_as_it_is(online: LoopbackHub, model):
+    model.push_to_hub("tester/model")
+    before = online.files("tester/model")
+    model.read([1, 2, 3]).push_to_hub("tester/model", filename="book.memory")
+    after = online.files("tester/model")
+    assert after.keys() - before.keys() == {"book.memory"} and before.items() <= after.items()
+    HfApi().delete_file("README.md", "tester/model")
+    model.read([1, 2, 3, 4]).push_to_hub("tester/model", filename="book.memory")
+    assert "README.md" not in online.files("tester/model")

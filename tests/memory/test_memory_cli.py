@@ -124,8 +124,12 @@ def test_inspect_draws(folder, book):
     "arguments, sentence",
     [
         ("read MODEL missing.txt -o a.memory", "There is no file 'missing.txt' to read"),
+        ("read MODEL MODEL -o a.memory", "is no regular file: pipe the text in"),
         ("read MODEL BINARY -o a.memory", "is not UTF-8 text"),
         ("read MODEL EMPTY -o a.memory", "the source holds no token"),
+        ("read MODEL EMPTY -o EMPTY", "would take the place of the text"),
+        ("read nowhere BINARY -o EMPTY/a.memory", "No file can be written to 'empty': File exists"),
+        ("read nowhere BINARY -o /proc/a.memory", "No file can be written to '/proc': No such file or directory"),
         ("read LLAMA EMPTY -o a.memory", "is a llama without memories"),
         ("inspect LLAMA text", "is a llama without memories"),
         ("inspect MODEL -", "The text is empty"),

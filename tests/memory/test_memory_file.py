@@ -311,6 +311,8 @@ def test_forged_files_are_refused(model, file):
     original = file.with_name("original")
     shutil.copy(file, original)
     phase = next(name for name in read_tensors(file) if name.endswith("phase"))
+    with safe_open(file, "pt") as opened:
+        described = json.loads(opened.metadata()["hf_memory"])["model"]
     conv = read_tensors(file)["layers.0.conv"]
     forgeries = [
         ({"format_version": 2}, {}, "has format version 2, the installed hf-memory reads up to 1: upgrade"),
@@ -320,6 +322,8 @@ def test_forged_files_are_refused(model, file):
         ({"rows": 2}, {}, "without 2 rows"),
         ({"notes": {"a": 1}}, {}, "notes that are no text"),
         ({"model": {}}, {}, "no memory file does"),
+        ({"model": described | {"name": "user/model\\nlicense: mit"}}, {}, "no memory file does"),
+        ({"model": described | {"name": 5}}, {}, "no memory file does"),
         ({}, {"layers.0.conv": None}, "'layers.0.conv' is missing"),
         ({}, {"layers.0.conv": conv[:, :1].contiguous()}, r"'layers.0.conv' is \[1, 1, 96\]"),
         ({}, {"layers.0.conv": conv.long()}, "torch.int64, expected"),

@@ -300,7 +300,7 @@ def test_wrong_arguments_get_a_sentence(model):
     with pytest.raises(ValueError, match="at least 1 token"):
         model.read([1], piece=0)
     for other in ({}, StaticMemoryCache(model.config, 8)):
-        with pytest.raises(ValueError, match="must be a MemoryCache"):
+        with pytest.raises(ValueError, match=rf"must be a MemoryCache of .*, got a {type(other).__name__}"):
             model.read([1], memory=other)
     torch.manual_seed(1)
     with pytest.raises(ValueError, match="other weights"):

@@ -8,7 +8,7 @@ import torch
 from test_titans import config, logits, randomized
 from torch import nn
 
-from hf_memory import TitansForCausalLM
+from hf_memory import TitansConfig, TitansForCausalLM
 from hf_memory.cache import MemoryCache, StaticMemoryCache
 from hf_memory.cache_layers import MemorySegmentCacheLayer, MemorySlidingCacheLayer
 from hf_memory.kernels import Gates, anchored_linear, anchored_mlp, force_form
@@ -304,3 +304,20 @@ def test_rounding_does_not_grow_over_segments():
     exact, rounded = logits(model, ids), logits(copy.deepcopy(model).float(), ids)
     error = (rounded - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert error[0, -50:].mean() < 1e-5
+
+
+@pytest.mark.parametrize("decay_target", ("init", "zero"))
+def test_a_checkpoint_loaded_in_float64(decay_target, tmp_path):
+    # Its initial memory stays in float32, as in every model.
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "chunk_size": 4}
+    config = TitansConfig(**sizes, **SEGMENTS, num_attention_heads=2, decay_target=decay_target)
+    TitansForCausalLM(config).save_pretrained(tmp_path)
+    model = TitansForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    model.set_attn_implementation("eager")
+    assert model.model.layers[0].mixer.memory.initial_memory.weights[0].dtype == torch.float32
+    ids = torch.arange(11)[None]
+    with torch.no_grad():
+        logits = model(ids).logits
+        expected = TitansForCausalLM.from_pretrained(tmp_path).eval()(ids).logits
+    assert logits.dtype == torch.float64
+    torch.testing.assert_close(logits, expected.double(), rtol=1e-4, atol=1e-5)

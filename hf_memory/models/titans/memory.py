@@ -209,6 +209,8 @@ class TitansMemory(nn.Module):
             weights = tuple(start + offset for start, offset in zip(self.initial_memory.weights, anchor))
         with without_autocast(query.device):
             key = at_least_float32(l2_normalize(nn.functional.silu(query))).transpose(1, 2)
+            # A float64 model keeps its initial memory in float32 as every model does.
+            weights = tuple(weight.to(torch.promote_types(weight.dtype, key.dtype)) for weight in weights)
             z = key @ weights[0]
             for weight in weights[1:]:
                 z = ACTIVATIONS[self.options.activation].value(z) @ weight
