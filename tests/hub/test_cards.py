@@ -36,12 +36,31 @@ def test_every_architecture_has_a_template_and_every_template_its_macros():
 def test_slots_are_described_by_what_their_configuration_says(name, normalization, chunk_size):
     module = cards._environment().get_template(f"{name}.md").module
     fields = {"num_hidden_layers": 3, "num_slots": 17, "head_dim": 8, "memory_decay": True}
+    fields |= {"write_map": "ln_silu", "refinements": 0}
     config = SimpleNamespace(chunk_size=chunk_size, normalization=normalization, **fields)
     assert "3 layers" in module.summary(config, cards.Made()) and "arXiv" in module.citation()
     text = module.memory(config)
     assert "17 slots" in text and ("`chunk_size`" in text) == (chunk_size > 1)
     assert name == "trellis" or ("orthogonal" in text) == (normalization != "none")
     assert all(line.startswith("- ") for line in module.limits(config).strip().splitlines())
+
+
+@pytest.mark.parametrize(
+    "name, fields, sentence",
+    [
+        ("lattice", {}, "far from the exact rule"),
+        ("lattice", {"chunk_size": 1}, ""),
+        ("trellis", {"num_slots": 8}, "fewer than 16 slots"),
+        ("trellis", {"write_map": "silu"}, "diverges once they add up to 2"),
+        ("trellis", {"write_map": "silu", "num_slots": 8, "chunk_size": 1}, ""),
+        ("trellis", {}, ""),
+    ],
+)
+def test_limits_of_slots_are_those_of_the_configuration(name, fields, sentence):
+    module = cards._environment().get_template(f"{name}.md").module
+    common = {"chunk_size": 16, "num_slots": 64, "normalization": "retract", "write_map": "ln_silu"}
+    limits = module.limits(SimpleNamespace(**common | fields)).strip()
+    assert sentence in limits and bool(limits) == bool(sentence)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
