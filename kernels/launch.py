@@ -134,8 +134,9 @@ def differentiable_op(
 
     def run_backward(ctx, *cotangents):
         # Products beside the kernels would be rounded where a caller runs the backward inside autocast.
-        with without_autocast(ctx.saved_tensors[0].device):
-            return spread(backward_op(*cotangents, *ctx.saved_tensors, *ctx.numbers), ctx.numbers)
+        saved = ctx.saved_tensors  # once: under gradient checkpointing each look recomputes
+        with without_autocast(saved[0].device):
+            return spread(backward_op(*cotangents, *saved, *ctx.numbers), ctx.numbers)
 
     op.register_autograd(run_backward, setup_context=setup_context)
     return op

@@ -39,7 +39,7 @@ class LinearPlan:
         value_block: columns in one product, where tiles run in parallel.
         chain_block: columns of one program of the chain.
         streams: whether the chain keeps its states in memory, where they do not fit registers.
-        stages: of the pipelines inside loops; operands in flight cost float32 kernels too many registers.
+        stages: of the pipelines inside loops; operands in flight cost float32 and wide kernels too many registers.
         threads: of every program; with half as many, kernels of the backward spill on some targets.
     """
 
@@ -93,6 +93,6 @@ def plan(
         gradient_columns=min(widest, wide, 32),
         value_block=min(widest, wide),
         chain_block=chain,
-        stages=2 if itemsize == 2 else 1,
+        stages=2 if itemsize == 2 and key_width <= WIDEST_RESIDENT else 1,
         streams=itemsize == 4 or key_width > WIDEST_RESIDENT,
     )

@@ -224,10 +224,11 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _run_backward(ctx, cot_out: Tensor | None, cot_state: Tensor | None, _):
-    v, kept = ctx.saved_tensors[2], ctx.saved_tensors[-1]
+    saved = ctx.saved_tensors  # once: under gradient checkpointing each look recomputes
+    v, kept = saved[2], saved[-1]
     cot_out = torch.zeros_like(v) if cot_out is None else cot_out
     cot_state = kept.new_zeros(kept.shape[1:]) if cot_state is None else cot_state
-    gradients = _scan_backward(cot_out, cot_state, *ctx.saved_tensors, *ctx.numbers)
+    gradients = _scan_backward(cot_out, cot_state, *saved, *ctx.numbers)
     absent = [x if x.numel() else None for x in gradients[6:9]]
     return (*gradients[:6], *absent, gradients[9], *[None] * 7)
 
