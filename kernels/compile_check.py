@@ -19,8 +19,13 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from triton import knobs
-from triton.runtime.jit import JITFunction
+
+
+try:
+    from triton import knobs
+    from triton.runtime.jit import JITFunction
+except ImportError as error:
+    raise SystemExit("The compile check needs Triton, which is there for Linux only: pip install triton.") from error
 
 from .. import kernels
 from .compiled import TARGETS, KernelEntry, Report, Target, check

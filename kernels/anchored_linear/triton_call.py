@@ -15,15 +15,18 @@ from .plan import LinearPlan, plan
 if TYPE_CHECKING:
     from ..compiled import KernelEntry, Target
 
-# Dtype, width and chunk size of what is compiled ahead of time.
+# Dtype, width and chunk size of what is compiled ahead of time, and whether it is the gated delta rule.
 CONFIGURATIONS = (
-    ("bf16", 128, 1),
-    ("bf16", 128, 64),
-    ("bf16", 64, 16),
-    ("bf16", 256, 1),
-    ("fp32", 64, 1),
-    ("fp32", 128, 64),
+    ("bf16", 128, 1, False),
+    ("bf16", 128, 64, False),
+    ("bf16", 64, 16, False),
+    ("bf16", 256, 1, False),
+    ("fp32", 64, 1, False),
+    ("fp32", 128, 64, False),
+    ("bf16", 128, 1, True),
 )
+# Tensors that a memory without momentum and learned start does not have.
+ABSENT = ("base", "momentum", "momenta", "f", "cot_last_momentum", "cot_momenta")
 FLOAT32 = (
     "base grad rows ends offset momentum last_offset last_momentum system system_out cot_grad cot_rows cot_ends "
     "cot_offset cot_momentum cot_last_offset cot_last_momentum cot_anchor"
@@ -133,20 +136,21 @@ class LinearCall:
 
 
 def compile_calls(kernels: tuple[Callable, ...], target: "Target") -> list["KernelEntry"]:
-    """Kernels in the configurations of `CONFIGURATIONS`, with momentum and decay to a learned start."""
+    """Kernels in all `CONFIGURATIONS`: with momentum and a learned start, or the gated delta rule."""
     from ..compiled import KernelEntry
 
     found = []
-    for dtype, width, chunk in CONFIGURATIONS:
+    for dtype, width, chunk, is_gated_delta_rule in CONFIGURATIONS:
         cut = plan(16, width, width, 2 if dtype == "bf16" else 4, chunk, target.processors)
-        call = LinearCall(1, 8192, 16, width, width, chunk, False, True, True, cut)
-        own = {"KEEP": True, "SOLVE_PRECISION": target.precision}
+        full = not is_gated_delta_rule
+        call = LinearCall(1, 8192, 16, width, width, chunk, is_gated_delta_rule, full, full, cut)
+        own = {"KEEP": True, "SOLVE_PRECISION": target.precision} | dict.fromkeys(() if full else ABSENT)
         if dtype == "bf16" and target.backend == "cuda":
             own["SOLVE_PRECISION"] = "tf32"
         for kernel in kernels:
             constants = call.constants(kernel) | {name: x for name, x in own.items() if name in kernel.arg_names}
             types = {n: TYPES.get(n, f"*{dtype}") for n in kernel.arg_names if n not in {*constants, "PRECISION"}}
-            name = f"anchored_linear/{chunk} {kernel.__name__} {width} {dtype}"
+            name = f"{'anchored_linear' if full else 'gated_delta_rule'}/{chunk} {kernel.__name__} {width} {dtype}"
             if call.uses(kernel):
                 found.append(KernelEntry(name, kernel, types, constants, cut.threads // target.warp_size, cut.stages))
     return found

@@ -228,7 +228,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if torch.cuda.is_available() else "cpu",
     peers: Annotated[bool, typer.Option("--peers", help="Time what other libraries offer, where installed.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Check the ops, time nothing.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="One tiny shape, a few runs.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One tiny shape, a few runs; rows are kept only with --output.")
+    ] = False,
     seconds: Annotated[float, typer.Option(help="Time for the runs of one row.")] = 1.0,
     output: Annotated[Path | None, typer.Option(help="File that the rows are appended to.")] = None,
 ) -> None:
@@ -267,7 +269,7 @@ def main(
             typer.echo(f"skipped: {what}: {type(error).__name__}: {said}")
         else:
             typer.echo(line(job, checked, row))
-            if row:
+            if row and (output or not quick):
                 append(row, file)
                 written += 1
     if written:
