@@ -159,6 +159,8 @@ def write_memory(cache: Cache, path: str | os.PathLike) -> Path:
         OSError: when the file cannot be written; nothing is left of it then, and an older file stays as it was.
     """
     info = memory_info(cache)
+    if not all(isinstance(text, str) for item in info.notes.items() for text in item):
+        raise ValueError(f"The notes of a memory are texts by texts, got {info.notes!r}.")
     tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in named_tensors(cache).items()}
     for name, tensor in tensors.items():
         if tensor.isnan().any():

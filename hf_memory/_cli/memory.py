@@ -192,15 +192,20 @@ def _table(path: Path, described: MemoryInfo) -> Table:
         table.add_row(what, f"{readable_size(size)} ({size:,} bytes)")
     table.add_row("file", f"{path.stat().st_size:,} bytes, format {described.format_version}, hash as written")
     table.add_section()
-    table.add_row("model", model.model_type + (f", {escape(model.name)}" if model.name else ""))
+    table.add_row("model", _printable(model.model_type) + (f", {escape(model.name)}" if model.name else ""))
     table.add_row("configuration", model.config_hash[:12])
     weights = "not known" if model.weights is None else f"{model.weights.exact[:12]}, {model.weights.dtype}"
     table.add_row("weights", weights)
     if described.notes:
         table.add_section()
         for key, value in described.notes.items():
-            table.add_row(escape(key), escape(value))
+            table.add_row(_printable(key), _printable(value))
     return table
+
+
+def _printable(text: str) -> str:
+    """Text of a file for the terminal, which it must not be able to command."""
+    return escape("".join(character if character.isprintable() else "\ufffd" for character in text))
 
 
 __all__ = ["info", "load_memory", "read"]

@@ -235,6 +235,10 @@ def test_quantised_weights_make_another_model(model, file):
 
 
 def test_what_cannot_be_saved_gets_a_sentence(model, tmp_path):
+    noted = model.read([1, 2, 3])
+    noted.notes = {"page": 5}
+    with pytest.raises(ValueError, match="texts by texts, got {'page': 5}"):
+        noted.save_pretrained(tmp_path / "noted.memory")
     with torch.no_grad():
         plain = model(IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="does not know which model filled it"):
