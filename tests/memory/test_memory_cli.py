@@ -104,6 +104,8 @@ def test_ctrl_c_and_the_same_command_again(folder, book, monkeypatch):
     result = run(*arguments)
     assert result.exit_code == 2 and "is the begun memory of another text" in result.stderr
     book.write_text(TEXT)
+    other = run(*arguments, "--memory", part)
+    assert other.exit_code == 2 and "was begun with another --memory" in other.stderr and part.is_file()
     assert run(*arguments).exit_code == 0 and not part.exists()
     resumed = book.with_name("book.memory").read_bytes()
     assert run(*arguments).exit_code == 0
