@@ -393,6 +393,22 @@ def _open(path: str | os.PathLike) -> tuple[MemoryInfo, dict[str, Tensor]]:
     path = memory_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no memory file {str(path)!r}.")
+    while True:
+        before = _stamp(path)
+        try:
+            return _open_once(path)
+        except ValueError:
+            # safetensors opens a file twice, and another process may have put a new one in place meanwhile.
+            if _stamp(path) == before:
+                raise
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _open_once(path: Path) -> tuple[MemoryInfo, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -383,3 +383,20 @@ def test_a_layer_that_does_not_say_all_it_keeps_is_refused(model, tmp_path):
     memory.layers[0].__class__ = kind
     with pytest.raises(ValueError, match="A Hoarder cannot be saved"):
         memory.save_pretrained(tmp_path / "a.memory")
+
+
+def test_a_file_that_is_replaced_while_it_is_read(model, file, monkeypatch):
+    newer = model.read([1, 2, 3])
+    content_digest = memory_file.content_digest
+    rounds = []
+
+    def replaced(fields, tensors):
+        rounds.append(fields["tokens"])
+        if len(rounds) == 1:
+            monkeypatch.setattr(memory_file, "content_digest", content_digest)
+            newer.save_pretrained(file)
+            return "that of a mixture"
+        return content_digest(fields, tensors)
+
+    monkeypatch.setattr(memory_file, "content_digest", replaced)
+    assert read_info(file).tokens == 3 and len(rounds) == 1
