@@ -159,6 +159,8 @@ def write_memory(cache: Cache, path: str | os.PathLike) -> Path:
         OSError: when the file cannot be written; nothing is left of it then, and an older file stays as it was.
     """
     info = memory_info(cache)
+    if not all(isinstance(text, str) for item in info.notes.items() for text in item):
+        raise ValueError(f"The notes of a memory are texts by texts, got {info.notes!r}.")
     tensors = {name: x.detach().to("cpu").contiguous().clone() for name, x in named_tensors(cache).items()}
     for name, tensor in tensors.items():
         if tensor.isnan().any():
@@ -391,6 +393,22 @@ def _open(path: str | os.PathLike) -> tuple[MemoryInfo, dict[str, Tensor]]:
     path = memory_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no memory file {str(path)!r}.")
+    while True:
+        before = _stamp(path)
+        try:
+            return _open_once(path)
+        except ValueError:
+            # safetensors opens a file twice, and another process may have put a new one in place meanwhile.
+            if _stamp(path) == before:
+                raise
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _open_once(path: Path) -> tuple[MemoryInfo, dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

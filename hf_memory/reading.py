@@ -223,6 +223,8 @@ def _pieces(
         mask = source.get("attention_mask")
         if mask is not None and not torch.as_tensor(mask).all():
             raise ValueError("A reading has no padding: read texts of different lengths one after the other.")
+        if "input_ids" not in source:
+            raise ValueError(f"`source` holds no `input_ids`, only {', '.join(map(str, source)) or 'nothing'}.")
         source = source["input_ids"]
     if hasattr(source, "shape") or (isinstance(source, list) and all(isinstance(x, (int, list)) for x in source)):
         ids = _as_rows(source)
@@ -236,9 +238,15 @@ def _pieces(
 
 
 def _as_rows(ids: Any) -> Tensor:
-    rows = torch.as_tensor(ids)
+    try:
+        rows = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Token ids must be integers [T] or [B, T] with rows of one length, got a {type(ids).__name__} that is "
+            "none; open a file of text in text mode."
+        ) from error
     rows = rows[None] if rows.dim() == 1 else rows
-    if rows.dim() != 2 or (rows.is_floating_point() and rows.numel()) or rows.dtype == torch.bool:
+    if rows.dim() != 2 or not len(rows) or (rows.is_floating_point() and rows.numel()) or rows.dtype == torch.bool:
         raise ValueError(f"Token ids must be integers [T] or [B, T], got {tuple(rows.shape)} {rows.dtype}.")
     return rows.long()
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hf_memory.cache import MemoryCache
     from hf_memory.memory_file import MemoryInfo
 
-_CHARACTERS, _SHA256 = "characters of this part", "sha256 of this part"
+_CHARACTERS, _SHA256, _START = "characters of this part", "sha256 of this part", "memory in front of this part"
 
 
 def read(
@@ -71,7 +71,7 @@ def read(
         if not stop.tokens:
             raise UserError("Stopped before the first piece was read; nothing was written.") from None
         done += stop.characters or 0
-        stop.memory.notes = known | {_CHARACTERS: str(done)}
+        stop.memory.notes = known | {_CHARACTERS: str(done), _START: _hash_memory(memory)}
         if text != "-":
             stop.memory.notes[_SHA256] = _hash_start(text, done)
         with _sentences():
@@ -80,7 +80,7 @@ def read(
         typer.echo(f"Stopped. The memory of the first {done:,} characters is in {part}: {how} to go on.", err=True)
         raise typer.Exit(130) from None
     name = "standard input" if text == "-" else Path(text).name
-    filled.notes = {key: value for key, value in known.items() if key not in (_CHARACTERS, _SHA256)}
+    filled.notes = {key: value for key, value in known.items() if key not in (_CHARACTERS, _SHA256, _START)}
     filled.notes["source"] = " + ".join(filter(None, (filled.notes.get("source"), name)))
     with _sentences():
         filled.save_pretrained(output)
@@ -152,6 +152,8 @@ def _start(model: PreTrainedModel, text: str, part: Path, memory: str | None) ->
         done, digest = int(begun.notes.get(_CHARACTERS, 0)), begun.notes.get(_SHA256)
         if digest != _hash_start(text, done):
             raise UserError(f"{part} is the begun memory of another text than {text!r}: move or delete it.")
+        if begun.notes.get(_START) != _hash_memory(memory):
+            raise UserError(f"{part} was begun with another --memory than this command has: move or delete it.")
         typer.echo(f"Going on behind the first {done:,} characters, which are in {part}.", err=True)
         return begun, done
     return (None if memory is None else load_memory(memory, model)), 0
@@ -182,6 +184,16 @@ def _hash_start(text: str, characters: int) -> str:
         return hashlib.sha256(stream.read(characters).encode()).hexdigest()
 
 
+def _hash_memory(memory: str | None) -> str:
+    """Hash of a memory file to go on from."""
+    from hf_memory.memory_file import find_memory_file
+
+    if memory is None:
+        return "none"
+    with _sentences():
+        return hashlib.sha256(find_memory_file(memory).read_bytes()).hexdigest()
+
+
 def _table(path: Path, described: MemoryInfo) -> Table:
     model = described.model
     table = Table("", "", title=escape(str(path)), show_header=False)
@@ -192,15 +204,20 @@ def _table(path: Path, described: MemoryInfo) -> Table:
         table.add_row(what, f"{readable_size(size)} ({size:,} bytes)")
     table.add_row("file", f"{path.stat().st_size:,} bytes, format {described.format_version}, hash as written")
     table.add_section()
-    table.add_row("model", model.model_type + (f", {escape(model.name)}" if model.name else ""))
+    table.add_row("model", _printable(model.model_type) + (f", {escape(model.name)}" if model.name else ""))
     table.add_row("configuration", model.config_hash[:12])
     weights = "not known" if model.weights is None else f"{model.weights.exact[:12]}, {model.weights.dtype}"
     table.add_row("weights", weights)
     if described.notes:
         table.add_section()
         for key, value in described.notes.items():
-            table.add_row(escape(key), escape(value))
+            table.add_row(_printable(key), _printable(value))
     return table
+
+
+def _printable(text: str) -> str:
+    """Text of a file for the terminal, which it must not be able to command."""
+    return escape("".join(character if character.isprintable() else "\ufffd" for character in text))
 
 
 __all__ = ["info", "load_memory", "read"]

@@ -104,6 +104,8 @@ def test_ctrl_c_and_the_same_command_again(folder, book, monkeypatch):
     result = run(*arguments)
     assert result.exit_code == 2 and "is the begun memory of another text" in result.stderr
     book.write_text(TEXT)
+    other = run(*arguments, "--memory", part)
+    assert other.exit_code == 2 and "was begun with another --memory" in other.stderr and part.is_file()
     assert run(*arguments).exit_code == 0 and not part.exists()
     resumed = book.with_name("book.memory").read_bytes()
     assert run(*arguments).exit_code == 0
@@ -194,3 +196,12 @@ def test_text_is_laid_out_whole():
     lines = break_lines(["word"] * 60 + ["x" * 250, "y"])
     assert [(line.start, line.stop) for line in lines] == [(0, 25), (25, 50), (50, 60), (60, 61), (61, 62)]
     assert all(line.edges[-1] <= 100 and len(line.edges) == line.stop - line.start + 1 for line in lines)
+
+
+def test_notes_of_a_file_do_not_reach_the_terminal_as_commands(loaded, tmp_path):
+    memory = loaded[0].read([1, 2, 3])
+    memory.notes = {"a\x1b[2J": "ä [bold]\x1b]0;title\x07"}
+    memory.save_pretrained(tmp_path / "a.memory")
+    result = run("memory", "info", tmp_path / "a.memory")
+    assert result.exit_code == 0 and "\x1b" not in result.output and "\x07" not in result.output
+    assert "ä [bold]" in result.output

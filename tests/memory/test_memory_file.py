@@ -235,6 +235,10 @@ def test_quantised_weights_make_another_model(model, file):
 
 
 def test_what_cannot_be_saved_gets_a_sentence(model, tmp_path):
+    noted = model.read([1, 2, 3])
+    noted.notes = {"page": 5}
+    with pytest.raises(ValueError, match="texts by texts, got {'page': 5}"):
+        noted.save_pretrained(tmp_path / "noted.memory")
     with torch.no_grad():
         plain = model(IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="does not know which model filled it"):
@@ -379,3 +383,20 @@ def test_a_layer_that_does_not_say_all_it_keeps_is_refused(model, tmp_path):
     memory.layers[0].__class__ = kind
     with pytest.raises(ValueError, match="A Hoarder cannot be saved"):
         memory.save_pretrained(tmp_path / "a.memory")
+
+
+def test_a_file_that_is_replaced_while_it_is_read(model, file, monkeypatch):
+    newer = model.read([1, 2, 3])
+    content_digest = memory_file.content_digest
+    rounds = []
+
+    def replaced(fields, tensors):
+        rounds.append(fields["tokens"])
+        if len(rounds) == 1:
+            monkeypatch.setattr(memory_file, "content_digest", content_digest)
+            newer.save_pretrained(file)
+            return "that of a mixture"
+        return content_digest(fields, tensors)
+
+    monkeypatch.setattr(memory_file, "content_digest", replaced)
+    assert read_info(file).tokens == 3 and len(rounds) == 1
