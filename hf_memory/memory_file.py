@@ -25,6 +25,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -99,6 +100,7 @@ def find_memory_file(
 
     Raises:
         FileNotFoundError: when there is none.
+        ConnectionError: when the Hub breaks off.
     """
     path = Path(source)
     if filename is not None and path.is_dir():
@@ -128,6 +130,12 @@ def find_memory_file(
         raise FileNotFoundError(f"The repository {name!r} has no revision {revision!r}.") from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"The repository {name!r} has no file {wanted!r}.") from error
+    except Exception as error:
+        # The client's HTTP library has another name in each major version.
+        if not isinstance(error, HfHubHTTPError) and type(error).__module__.split(".")[0] not in ("httpx", "httpx2"):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConnectionError(f"{wanted!r} of {name!r} did not arrive, load it again: {reason}") from error
 
 
 def memory_info(cache: Cache) -> MemoryInfo:

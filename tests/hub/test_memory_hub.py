@@ -54,6 +54,15 @@ def test_faults_are_survived_or_said(online: LoopbackHub, model):
         MemoryCache.from_pretrained("a folder/a book", model=model)
 
 
+def test_a_download_that_breaks_off_is_said_and_made_again(online: LoopbackHub, model):
+    model.read(torch.arange(30)).push_to_hub("tester/book")
+    fault = {"cut": "answer", "times": None}
+    online.inject("GET .*memory.safetensors", **fault)
+    online.inject("GET .*/lfs", **fault)
+    with pytest.raises(ConnectionError, match="'memory.safetensors' of 'tester/book' did not arrive, load it again"):
+        MemoryCache.from_pretrained("tester/book", model=model)
+
+
 def test_the_card_names_the_model_where_it_is_on_the_hub(model):
     info = model.read([1, 2, 3]).info
     assert "base_model" not in memory_card(info, "user/book")
