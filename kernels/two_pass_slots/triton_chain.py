@@ -57,7 +57,7 @@ def chain_backward_kernel(
     row, head = series // (2 * H), series % (2 * H)
     t = tl.arange(0, BLOCK)
     cot_memory = load_matrix(cot_last + series * M * D, 0, 0, M, D, MB, DB)
-    for step in range(num_tiles):
+    for step in tl.range(num_tiles, disable_licm=True):
         tile = num_tiles - 1 - step
         index = series * num_tiles + tile
         w = load_slots(written, row, head, tile, 0, num_tokens, 2 * H, D, TILE, BLOCK, DB)
