@@ -205,7 +205,7 @@ import torch
 from tests.models.test_training import train_with_accelerate
 
 weights, processes = train_with_accelerate()
-print("processes", processes)
+print(f"processes {processes}")  # one write: two processes share the pipe
 if weights is not None:
     torch.save(weights, sys.argv[1])
 torch.distributed.destroy_process_group()
