@@ -3,12 +3,13 @@
 Models of equal size (within 2 % of parameters) learn two synthetic tasks from scratch, each with several seeds and the
 same learning rates. A run takes at most `--seconds`; each that ends is a row of `--output`, and none is made twice, so
 that the script can be stopped and started at will.
+
 - `recall`: pairs of a key and a value, then every key once more, in another order; the model has to name the values
   (multi-query associative recall, Arora et al. 2023, arXiv 2312.04927).
 - `passkey`: four digits behind a marker, somewhere in noise; behind the marker at the end they are asked for. Trained
   at 512 tokens, asked at up to 16,384.
 
-python examples/recall.py --output runs/recall.jsonl          # on two cores, an hour or two
+python examples/recall.py --output runs/recall.jsonl
 python examples/recall.py --preset gpu --device cuda --output runs/recall-gpu.jsonl
 """
 

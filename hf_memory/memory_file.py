@@ -186,7 +186,7 @@ def write_memory(cache: Cache, path: str | os.PathLike) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _written_beside(path) as beside:
             save_file(tensors, beside, {DOCUMENT: json.dumps(fields, sort_keys=True)})
-    except Exception as error:
+    except Exception as error:  # safetensors has an error of its own for a full disk, the system others
         raise OSError(f"The memory could not be written to {path}: {error}. Nothing of it is left there.") from error
     return path
 
@@ -424,7 +424,7 @@ def _open_once(path: Path) -> tuple[MemoryInfo, dict[str, Tensor]]:
             # Not one byte of the tensors of a file that is something else.
             names = [] if document is None else file.keys()
             tensors = {name: file.get_tensor(name).clone() for name in names}
-    except Exception as error:
+    except Exception as error:  # of damage safetensors says so in errors of many kinds
         raise ValueError(f"{path} is no safetensors file, or a truncated or altered one: {error}.") from error
     if document is None:
         raise ValueError(f"{path} is a safetensors file, but holds no memory: it lacks the metadata of one.")

@@ -11,6 +11,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from .precision import without_autocast
 
 
+H200_MULTIPROCESSORS = 132
+
+
 def _import_triton() -> ModuleType | None:
     try:
         import triton
@@ -78,7 +81,9 @@ def _multiprocessors(index: int | None) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; of an H200 for any other device."""
-    return _multiprocessors(device.index) if device.type == "cuda" and torch.cuda.is_available() else 132
+    return (
+        _multiprocessors(device.index) if device.type == "cuda" and torch.cuda.is_available() else H200_MULTIPROCESSORS
+    )
 
 
 def launch(kernel: Callable, size: int, *args: object, **constants: object) -> None:

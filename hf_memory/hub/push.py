@@ -167,7 +167,7 @@ def push_folder(
         if card is not None and push.needs_card():
             (stage / CARD).write_text(card(push.repo), encoding="utf-8")
         return push.commit(stage, message or f"Upload {stage.name} with hf-memory", description, replace)
-    except Exception as error:
+    except Exception as error:  # what `explain` does not know is raised as it is
         text = push.explain(error)
         if text is None:
             raise
@@ -340,7 +340,7 @@ class _Push:
         for attempt in range(TRIES):
             try:
                 return call()
-            except Exception as error:
+            except Exception as error:  # what does not pass by itself is raised as it is
                 wait = _pause(error, attempt)
                 if wait is None or attempt == TRIES - 1:
                     raise

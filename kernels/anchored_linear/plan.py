@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..launch import H200_MULTIPROCESSORS
+
 
 # Widest tile: half-precision operands fill tensor cores at 64; float32 operands take three products each, whose parts
 # would spill at that width.
@@ -9,7 +11,6 @@ WIDEST_TILE = {2: 64, 4: 32}
 NARROWEST_TILE = 16
 WIDEST_STATE = 256
 WIDEST_RESIDENT = 128
-H200_MULTIPROCESSORS = 132
 
 
 def power_of_two(n: int) -> int:
