@@ -17,7 +17,8 @@ from hf_memory._cli.state_size import build_without_weights
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
 from hf_memory.conversion.progress import Voice
-from hf_memory.conversion.recipe import ConversionError, DistillStage, Recipe
+from hf_memory.conversion.recipe import ConversionError, Recipe
+from hf_memory.conversion.stage_options import DistillStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
 from hf_memory.conversion.training import Run, as_masters, fingerprint, load_tensors, make_accelerator, train_stage

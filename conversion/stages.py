@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_memory.conversion.recipe import AlignStage, DistillStage, TrainingStage
+from hf_memory.conversion.stage_options import AlignStage, DistillStage, TrainingStage
 from hf_memory.conversion.surgery import decoder_layers, memory_parameters
 
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches
 from hf_memory.conversion.progress import Interruption, Voice
-from hf_memory.conversion.recipe import ConversionError, DistillStage, TrainingStage
+from hf_memory.conversion.schema import ConversionError
+from hf_memory.conversion.stage_options import DistillStage, TrainingStage
 from hf_memory.conversion.stages import Align, Distill, only_these_train, what_trains
 
 

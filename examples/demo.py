@@ -38,9 +38,10 @@ from transformers.utils import logging
 from hf_memory.conversion.card import write_card
 from hf_memory.conversion.data import bytes_per_token, load_corpus
 from hf_memory.conversion.evaluate import SPEED_CONTEXTS, paired_difference
-from hf_memory.conversion.recipe import ConversionError, DistillStage, InitStage, Recipe, read_recipe
+from hf_memory.conversion.recipe import ConversionError, Recipe, read_recipe
 from hf_memory.conversion.report import environment, measure, rich_table, write_report
 from hf_memory.conversion.run import convert
+from hf_memory.conversion.stage_options import DistillStage, InitStage
 
 
 HERE = Path(__file__).resolve().parent

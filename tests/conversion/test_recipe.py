@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_memory.conversion.recipe import (
-    STAGES,
-    AlignStage,
-    ConversionError,
-    DistillStage,
-    InitStage,
-    Recipe,
-    read_recipe,
-)
+from hf_memory.conversion.recipe import ConversionError, Recipe, read_recipe
+from hf_memory.conversion.stage_options import STAGES, AlignStage, DistillStage, InitStage
 
 
 NEEDED = {"teacher": "t", "output": "o", "data": "text.txt"}

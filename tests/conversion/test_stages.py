@@ -9,8 +9,8 @@ from tiny_conversion import save_teacher, save_text, tiny_recipe, weights
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from hf_memory.conversion.recipe import AlignStage, DistillStage
 from hf_memory.conversion.run import convert
+from hf_memory.conversion.stage_options import AlignStage, DistillStage
 from hf_memory.conversion.stages import (
     Align,
     Distill,
