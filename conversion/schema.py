@@ -1,4 +1,4 @@
-"""Fields of a schema that say what they accept, and instances made of plain values, or one sentence on what is wrong."""
+"""Fields of a schema that say what they accept, and instances of plain values, or one sentence on what is wrong."""
 
 import math
 from collections.abc import Callable, Mapping
