@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import yaml
 from huggingface_hub.dataclasses import strict
 
-from hf_memory.conversion.schema import ConversionError, build, count, not_negative, one_of, option
+from hf_memory.conversion.gate import parse
+from hf_memory.conversion.schema import ConversionError, build, count, not_negative, one_of, option, positive
 from hf_memory.conversion.stage_options import (
     STAGES,
     Stage,
@@ -24,6 +25,7 @@ from hf_memory.conversion.stage_options import (
 )
 
 
+CONTROLS = ("off", "continued")
 LAYER_WORDS = ("all", "odd", "even", "lower", "none")
 
 
@@ -84,15 +86,37 @@ class Recipe:
     stages: list[Stage] = option(default_stages(), "a list of init, align and distill")
     checkpoint_seconds: float | int = not_negative(300, "Time between two checkpoints.")
     code: bool = option(True, "true or false")
+    require: str | list[str] = option(
+        [], "texts such as kl<0.05", help='Fails the run unless it holds: "kl<0.05", "gap<3%", ...; repeat for more.'
+    )
+    evaluate_stages: bool = option(True, "true or false")
+    controls: str | list[str] = option(
+        [],
+        "off, continued, or a list of these",
+        help='Controls: "continued" trains the teacher on with the same text; "off" is always measured.',
+    )
+    continued_lr: float | int = positive(1e-4, "Learning rate of the teacher that is trained on.")
+    recall_samples: int = option(
+        8,
+        "a whole number of at least 0",
+        lambda value: not isinstance(value, bool) and value >= 0,
+        "Texts of the recall probe for each length and depth; 0 leaves it out.",
+    )
 
     # These change when or where something is written, not the weights that come out.
-    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("output", "checkpoint_seconds", "code")
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
+        *("output", "checkpoint_seconds", "code"),
+        *("require", "evaluate_stages", "controls", "recall_samples"),
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):
             self.layers = parse_layers(self.layers)
         if isinstance(self.data, list) and len(self.data) == 1:
             self.data = self.data[0]
+        self.require, self.controls = (
+            [value] if isinstance(value, str) else value for value in (self.require, self.controls)
+        )
 
     def validate_layers(self) -> None:
         """Part of `@strict`-powered validation: each layer once."""
@@ -113,6 +137,20 @@ class Recipe:
             raise ValueError(f"`stages` must begin with init and name it once, got {names}")
         if self.data is None and self.training_stages:
             raise ValueError("`data` is missing: name a text file, a folder or a dataset, or stop with the stage init")
+
+    def validate_require(self) -> None:
+        """Part of `@strict`-powered validation: requirements that can be read, on figures that will be measured."""
+        for name in self.controls:
+            if name not in CONTROLS:
+                raise ValueError(f"`controls` must be made of {', '.join(CONTROLS)}, got {name!r}")
+        names = {parse(text).name for text in self.require}
+        if self.data is None and (names or "continued" in self.controls):
+            what = "require" if names else "controls"
+            raise ValueError(f"`{what}` needs text to measure on: set `data`, or drop it")
+        if "gap_continued" in names and "continued" not in self.controls:
+            raise ValueError("`require` names gap_continued, for which `controls` must have continued")
+        if "recall" in names and not self.recall_samples:
+            raise ValueError("`require` names recall, for which `recall_samples` must be above 0")
 
     @property
     def training_stages(self) -> dict[str, TrainingStage]:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 
 from hf_memory._cli.loading import UserError, load_config, load_model, load_tokenizer, resolve_device
 from hf_memory._cli.state_size import build_without_weights
+from hf_memory.conversion.assessment import Assessment
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
-from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
+from hf_memory.conversion.data import Batches, Corpus, load_corpus
 from hf_memory.conversion.progress import Voice
 from hf_memory.conversion.recipe import ConversionError, Recipe
 from hf_memory.conversion.stage_options import DistillStage
@@ -26,9 +27,6 @@ from hf_memory.conversion.training import Run, as_masters, fingerprint, load_ten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# A curve in the report has so many points at most, each the mean of the steps around it.
-CURVE_POINTS = 400
 
 
 def convert(recipe: Recipe, *, restart: bool = False) -> Path:
@@ -44,7 +42,8 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
         restart: Delete what an earlier conversion to the same output left. Default: continue it.
 
     Returns:
-        The folder of the model.
+        The folder of the model. A requirement that is not met does not keep it back: `gate.failures` of what
+        `read_report` finds in the folder names those.
 
     Raises:
         ConversionError: One sentence, for an input that cannot be used, a work folder that belongs to another recipe,
@@ -90,9 +89,15 @@ class _Conversion:
         self.work.compare(self.recipe)
         self._check_surgery()
         tokenizer, corpus = self._text()
+        if corpus is not None:
+            parts = (self.recipe, self.work, self.voice, self.device, self.dtype)
+            self.assessment = Assessment(*parts, corpus, tokenizer)
         self.work.claim(self.recipe)
         # Teacher and student of the training are gone by the time the model is built again.
-        final = self._final_model(self._train(corpus))
+        trained = self._train(corpus)
+        if "continued" in self.recipe.controls:
+            self.assessment.train_control(self._load_teacher(str(self.dtype).removeprefix("torch."), self.device))
+        final = self._final_model(trained)
         try:
             self._assemble(final, tokenizer, corpus)
             return self.work.publish()
@@ -162,6 +167,7 @@ class _Conversion:
         self.work.log().rewind(labels, done)
         if done is not None:
             self.voice.say(f"Continuing from the checkpoint {done.stage}-{done.step:06}.")
+        self.assessment.behind_stage("init", teacher, student, accelerator)
         behind = -1 if done is None else labels.index(done.stage)
         for number, (label, options) in enumerate(stages.items()):
             stage, steps = make_stage(options, teacher, student), recipe.steps_of(options)
@@ -170,10 +176,12 @@ class _Conversion:
                 if number == behind:
                     as_masters(run.trained)
                     load_tensors(run.trained, done.tensors)
+                    self.assessment.behind_stage(label, teacher, student, accelerator)
                 continue
             size, context = recipe.batch_size_of(options), recipe.context_of(options)
             batches = Batches(corpus.train, context, size, (recipe.seed, number))
             train_stage(run, label, stage, batches, steps, done if number == behind else None)
+            self.assessment.behind_stage(label, teacher, student, accelerator)
         return {name: value.detach().cpu() for name, value in run.trained.items()}
 
     def _load_teacher(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
@@ -237,7 +245,7 @@ class _Conversion:
             tokenizer.save_pretrained(folder)
         report = None
         if corpus is not None:
-            report = self._report(corpus, tokenizer)
+            report = self._report()
             write_report(report, folder, self.voice.console)
         if recipe.code:
             from hf_memory.hub.remote_code import export_remote_code
@@ -247,40 +255,9 @@ class _Conversion:
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
         write_card(folder, config=final.config, recipe=recipe.to_dict(), report=report, revision=revision)
 
-    def _report(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Teacher and saved student measured on the held-out blocks."""
-        from hf_memory.conversion.evaluate import SPEED_CONTEXTS
-        from hf_memory.conversion.report import environment, measure
-
-        recipe, precision = self.recipe, str(self.dtype).removeprefix("torch.")
-        blocks = corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
-        models = {
-            "teacher": self._load_teacher(precision, self.device),
-            "student": load_model(str(self.work.model), str(self.device), precision),
-        }
-        with self.voice.progress("evaluating, in blocks", len(blocks)) as bar:
-            measured = measure(
-                models,
-                blocks,
-                reference="teacher",
-                bytes_per_token=bytes_per_token(blocks, tokenizer),
-                speed_contexts=[tokens for tokens in SPEED_CONTEXTS if tokens <= recipe.context],
-                on_progress=lambda done, total: bar.update(done),
-            )
-        return {
-            "title": f"{Path(recipe.teacher).name} with {recipe.memory} memory",
-            "converted": {
-                "layers": recipe.layers,
-                "of": self.config.get_text_config(decoder=True).num_hidden_layers,
-                "memory": recipe.memory,
-                "mode": recipe.mode,
-            },
-            "student": "student",
-            "reference": "teacher",
-            "models": measured,
-            "curves": curves(self.work.log().read()),
-            "environment": environment(self.device) | {"dtype": precision},
-        }
+    def _report(self) -> dict[str, Any]:
+        """Teacher, saved student and controls measured on the held-out blocks."""
+        return self.assessment.report(self._load_teacher(str(self.dtype).removeprefix("torch."), self.device))
 
 
 def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -288,26 +265,6 @@ def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
         return getattr(torch, recipe.dtype)
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The losses of the log by stage, as a report draws them."""
-    units = {"align": "share of the blocks' updates, summed over layers", "distill": "nats per token"}
-    found = []
-    for label in dict.fromkeys(line["stage"] for line in log):
-        lines = [line for line in log if line["stage"] == label]
-        width = -(-len(lines) // CURVE_POINTS)
-        groups = [lines[start : start + width] for start in range(0, len(lines), width)]
-        found.append(
-            {
-                "stage": label,
-                "run": "student",
-                "unit": units[label.rstrip("0123456789")],
-                "tokens": [group[-1]["tokens"] for group in groups],
-                "loss": [sum(line["loss"] for line in group) / len(group) for group in groups],
-            }
-        )
-    return found
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -23,10 +23,11 @@ _OTHERS: dict[str, tuple[Any, Any, str]] = {
     "set": (list[str] | None, None, "STAGE.KEY=VALUE, any setting of a stage, such as align.lr=1e-3; repeatable."),
     "memory_option": (list[str] | None, None, "NAME=VALUE, a field of the memory's configuration; repeatable."),
     "no_code": (bool, False, "Leave out the copy of the code that lets the model load without hf_memory."),
+    "no_stage_evaluation": (bool, False, "Measure at the end only, not behind every stage too."),
     "restart": (bool, False, "Delete what an unfinished conversion to the same output left."),
     "print_recipe": (bool, False, "Print the whole recipe as YAML and do nothing."),
 }
-_REPEATED = ("data",)
+_REPEATED = ("data", "require", "controls")
 
 
 def command() -> Callable[..., None]:
@@ -65,13 +66,16 @@ def _metavar(kind: Any) -> str | None:
 
 
 def run(given: dict[str, Any]) -> None:
-    """Convert as the flags say, and print the table of the report."""
-    own = {name: given.pop(name) for name in ("recipe", "memory_option", "no_code", "restart", "print_recipe")}
+    """Convert as the flags say, print the report, and exit with 1 when a requirement is not met."""
+    names = ("recipe", "memory_option", "no_code", "no_stage_evaluation", "restart", "print_recipe")
+    own = {name: given.pop(name) for name in names}
     flags = {name: value for name, value in given.items() if value not in (None, False, [])}
     if own["memory_option"]:
         flags["memory_options"] = dict(split_assignment(text, "memory-option") for text in own["memory_option"])
     if own["no_code"]:
         flags["code"] = False
+    if own["no_stage_evaluation"]:
+        flags["evaluate_stages"] = False
     recipe = read_recipe(own["recipe"], flags)
     if own["print_recipe"]:
         typer.echo(recipe.to_yaml(), nl=False)
@@ -79,7 +83,8 @@ def run(given: dict[str, Any]) -> None:
 
     from huggingface_hub.utils import logging as hub_logging
 
-    from hf_memory.conversion.report import rich_table
+    from hf_memory.conversion.gate import failures
+    from hf_memory.conversion.report import rich_report
     from hf_memory.conversion.run import convert, read_report
     from hf_memory.evaluation.properties_subject import quiet
 
@@ -89,8 +94,11 @@ def run(given: dict[str, Any]) -> None:
         folder = convert(recipe, restart=own["restart"])
     report = read_report(folder)
     if report is not None:
-        Console().print(rich_table(report))
+        Console().print(rich_report(report))
     typer.echo(f"The converted model is in {folder}.")
+    if failed := failures(report):
+        typer.echo(f"Not met: {', '.join(failed)}. The model and its report are kept.", err=True)
+        raise typer.Exit(1)
 
 
 __all__ = ["command", "run"]
