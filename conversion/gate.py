@@ -124,6 +124,7 @@ def check(report: Mapping[str, Any], texts: Iterable[str]) -> list[dict[str, Any
                 "name": requirement.name,
                 "operator": requirement.operator,
                 "limit": requirement.limit,
+                "tokens": requirement.tokens,
                 "measured": value,
                 "passed": requirement.allows(value),
             }
