@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,9 @@ from hf_memory.conversion.progress import Voice
 from hf_memory.conversion.recipe import Recipe
 from hf_memory.conversion.report import environment, measure
 from hf_memory.conversion.schema import ConversionError
-from hf_memory.conversion.stage_options import DistillStage
+from hf_memory.conversion.stage_options import DistillStage, TrainingStage
 from hf_memory.conversion.stages import make_stage
-from hf_memory.conversion.training import Run, fingerprint, load_tensors, make_accelerator, train_stage
+from hf_memory.conversion.training import Run, fingerprint, load_tensors, make_accelerator, seed_of, train_stage
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ STAGE_BLOCKS = 8
 """Held-out blocks that the student is measured on behind a stage."""
 CURVE_POINTS = 400
 """A curve in the report has so many points at most, each the mean of the steps around it."""
-UNITS = {"align": "share of the blocks' updates, summed over layers"}
 CONTROL = "continued"
 
 
@@ -117,6 +117,10 @@ class Assessment:
     def _control_work(self) -> WorkFolder:
         return WorkFolder(self.work.path / CONTROL)
 
+    @property
+    def _control_options(self) -> DistillStage:
+        return DistillStage(lr=self.recipe.continued_lr, trainable="all", kl_weight=0, ce_weight=1)
+
     def train_control(self, teacher: PreTrainedModel) -> None:
         """Train the teacher on with cross entropy, on the blocks of all stages in their order.
 
@@ -135,7 +139,6 @@ class Assessment:
         chain = Chain(parts, seeds)
         if not len(chain):
             return
-        options = DistillStage(lr=recipe.continued_lr, trainable="all", kl_weight=0, ce_weight=1)
         identity = {"teacher": fingerprint(teacher), "data": self.corpus.fingerprint}
         with self._control_work as work:
             work.claim(recipe)
@@ -148,7 +151,7 @@ class Assessment:
             if done is not None and done.step >= len(chain):
                 return
             accelerator = make_accelerator(self.device, self.dtype)
-            stage = make_stage(options, teacher, teacher.requires_grad_(True))
+            stage = make_stage(self._control_options, teacher, teacher.requires_grad_(True), seed_of(*seeds))
             run = Run(work, recipe.checkpoint_seconds, self.voice, accelerator, teacher, [CONTROL], identity)
             work.log().rewind([CONTROL], done)
             self.voice.say(f"A control: the teacher trained on, {len(chain):,} steps on the same blocks")
@@ -164,12 +167,12 @@ class Assessment:
         blocks = self.corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
         models: dict[str, PreTrainedModel | MemoryOff] = {TEACHER: teacher}
         models[STUDENT] = load_model(str(self.work.model), str(self.device), precision)
-        controls, logged = {}, curves(self.work.log().read())
+        controls, logged = {}, curves(self.work.log().read(), recipe.training_stages)
         if recipe.layers:
             controls["off"], models[OFF] = OFF, MemoryOff(models[STUDENT])
         if "continued" in recipe.controls and recipe.training_stages:
             controls["continued"], models[CONTINUED] = CONTINUED, self._load_control(precision)
-            logged += curves(WorkFolder(self.work.path / CONTROL).log().read(), CONTINUED)
+            logged += curves(self._control_work.log().read(), {CONTROL: self._control_options}, CONTINUED)
         required = [parse(text) for text in recipe.require]
         with self.voice.progress("evaluating, in blocks", len(blocks)) as bar:
             measured = measure(
@@ -221,8 +224,8 @@ class Assessment:
         return model
 
 
-def curves(log: list[dict[str, Any]], run: str = STUDENT) -> list[dict[str, Any]]:
-    """The losses of a log by stage, as a report draws them."""
+def curves(log: list[dict[str, Any]], stages: Mapping[str, TrainingStage], run: str = STUDENT) -> list[dict[str, Any]]:
+    """The losses of a log by stage, as a report draws them; `stages` by their labels."""
     found = []
     for label in dict.fromkeys(line["stage"] for line in log):
         lines = [line for line in log if line["stage"] == label]
@@ -232,7 +235,7 @@ def curves(log: list[dict[str, Any]], run: str = STUDENT) -> list[dict[str, Any]
             {
                 "stage": label,
                 "run": run,
-                "unit": UNITS.get(label.rstrip("0123456789"), "nats per token"),
+                "unit": stages[label].unit,
                 "tokens": [group[-1]["tokens"] for group in groups],
                 "loss": [sum(line["loss"] for line in group) / len(group) for group in groups],
             }

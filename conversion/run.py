@@ -19,10 +19,17 @@ from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, load_corpus
 from hf_memory.conversion.progress import Voice
 from hf_memory.conversion.recipe import ConversionError, Recipe
-from hf_memory.conversion.stage_options import DistillStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
-from hf_memory.conversion.training import Run, as_masters, fingerprint, load_tensors, make_accelerator, train_stage
+from hf_memory.conversion.training import (
+    Run,
+    as_masters,
+    fingerprint,
+    load_tensors,
+    make_accelerator,
+    seed_of,
+    train_stage,
+)
 
 
 if TYPE_CHECKING:
@@ -170,12 +177,15 @@ class _Conversion:
         self.assessment.behind_stage("init", teacher, student, accelerator)
         behind = -1 if done is None else labels.index(done.stage)
         for number, (label, options) in enumerate(stages.items()):
-            stage, steps = make_stage(options, teacher, student), recipe.steps_of(options)
+            stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
+            steps = recipe.steps_of(options)
             if number < behind or number == behind and done.step >= steps:
-                run.trained |= stage.parameters
                 if number == behind:
-                    as_masters(run.trained)
-                    load_tensors(run.trained, done.tensors)
+                    reached = run.trained | stage.parameters_by_name
+                    as_masters(reached)
+                    load_tensors(reached, done.tensors)
+                run.trained |= stage.finish()
+                if number == behind:
                     self.assessment.behind_stage(label, teacher, student, accelerator)
                 continue
             size, context = recipe.batch_size_of(options), recipe.context_of(options)
@@ -214,7 +224,7 @@ class _Conversion:
             say(f"Text: {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held out")
         for label, stage in recipe.training_stages.items():
             steps, size, length = recipe.steps_of(stage), recipe.batch_size_of(stage), recipe.context_of(stage)
-            trains = stage.trainable if isinstance(stage, DistillStage) else "memory"
+            trains = stage.trainable if stage.lora_rank is None else f"adapters in {stage.trainable}"
             say(
                 f"Stage {label} trains {trains}: {stage.tokens:,} tokens, {steps:,} steps of {size} blocks of {length}"
             )
