@@ -39,6 +39,8 @@ MEMORIES: dict[str, list[str]] = {
     "trellis": [],
 }
 CONTEXT = 2048
+# Not in the rows.
+UNMEASURED = ["--no-stage-evaluation", "--recall-samples", "0"]
 ALIGN_SHARE = 0.25
 """Of the tokens, for the stage that aligns blocks; the teacher that is trained on spends them in its one stage."""
 TARGETS = {"half": 0.03, "all": 0.08}
@@ -132,7 +134,7 @@ def command(point: Point, setting: Setting) -> list[str]:
     words += [word for name, value in stage.items() for word in ("--set", f"{name}={value}")]
     if trains:
         words += [word for option in options or MEMORIES[memory] for word in ("--memory-option", option)]
-    return [sys.executable, "-m", "hf_memory.cli", "convert", *words, "--no-code"]
+    return [sys.executable, "-m", "hf_memory.cli", "convert", *words, "--no-code", *UNMEASURED]
 
 
 def run(point: Point, setting: Setting, end: float | None) -> str | None:

@@ -87,6 +87,9 @@ def test_report_has_all_models_and_stages(arguments: dict):
         ("cross entropy", "teacher, continued", 512),
     }
     assert len(report["continuation"]["text"]) > 0
+    assert [stage["stage"] for stage in report["stages"]] == ["init", "align", "distill"]
+    # Blocks of 64 bytes have room for one length.
+    assert [model["recall"]["lengths"] for model in report["models"].values()] == [[64]] * 4
     text = (output / "report.md").read_text()
     assert "still grows with every token" in text and "xz -9e on all of it at once" in text
     assert "bits than its teacher" in text and "with its memory off" in text
@@ -150,9 +153,10 @@ def test_a_teacher_that_is_not_there_leaves_nothing(demo: ModuleType, arguments:
 
 
 def test_the_library_is_copied_by_whole_packages(demo: ModuleType, tmp_path: Path, monkeypatch):
-    every, kept = demo.source_files()
+    stdlib_text = sys.modules["stdlib_text"]
+    every, kept = stdlib_text.source_files()
     kept = [path for path in kept if "json" in path.parts]
-    monkeypatch.setattr(demo, "source_files", lambda: (every, kept))
+    monkeypatch.setattr(stdlib_text, "source_files", lambda: (every, kept))
     training, held_out = demo.library_text(tmp_path, tokens=10_000, seed=0)
     assert {path.relative_to(held_out).parts[0] for path in held_out.rglob("*.py")} == {"json"}
     chosen = list(training.rglob("*.py"))
