@@ -56,7 +56,7 @@ CONTINUED_LR = 1e-4
 """Of the teacher that is trained on: low, since it has been trained to the end already."""
 FIRST_LOOK = 2
 """Held-out blocks that each conversion is measured on by itself; the comparison of all reads those of the recipe."""
-RECALL_SECONDS = 15
+RECALL_SECONDS = 10
 """For the recall probe of all models together; one text for each length and depth is read in any case."""
 PROMPT_CHARACTERS, NEW_TOKENS = 600, 240
 
