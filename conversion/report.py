@@ -213,7 +213,7 @@ def notes(report: Report) -> list[str]:
     if (recall := report["models"].get(report.get("student", "student"), {}).get("recall")) is not None:
         found.append(
             f"Recall: how often, of {recall['choices']} values, the one that stood once in the text is likeliest when "
-            f"asked for; {recall['samples']} texts at each of {len(recall['depths'])} depths. Guessing gets one in "
+            f"asked for; {recall['samples']} text{'s' if recall['samples'] > 1 else ''} at each of {len(recall['depths'])} depths. Guessing gets one in "
             f"{recall['choices']}."
         )
     for name, bits in report.get("baselines", {}).items():
