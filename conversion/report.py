@@ -211,10 +211,10 @@ def notes(report: Report) -> list[str]:
         found.append(growth)
     found += _control_notes(report)
     if (recall := report["models"].get(report.get("student", "student"), {}).get("recall")) is not None:
+        texts = f"{recall['samples']} text{'s' if recall['samples'] > 1 else ''}"
         found.append(
             f"Recall: how often, of {recall['choices']} values, the one that stood once in the text is likeliest when "
-            f"asked for; {recall['samples']} text{'s' if recall['samples'] > 1 else ''} at each of {len(recall['depths'])} depths. Guessing gets one in "
-            f"{recall['choices']}."
+            f"asked for; {texts} at each of {len(recall['depths'])} depths. Guessing gets one in {recall['choices']}."
         )
     for name, bits in report.get("baselines", {}).items():
         found.append(f"{name}: {bits:.4f} bits per byte of the same held-out text.")
