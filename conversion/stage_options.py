@@ -6,7 +6,16 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
-from hf_memory.conversion.schema import ConversionError, build, count, not_negative, one_of, positive, share
+from hf_memory.conversion.schema import (
+    ConversionError,
+    build,
+    count,
+    not_negative,
+    one_of,
+    option,
+    positive,
+    share,
+)
 
 
 @strict
@@ -36,13 +45,22 @@ class TrainingStage(Stage):
 
     tokens: int = count(5_000_000)
     lr: float | int = positive(1e-3)
+    kept_lr: float | int | None = positive(None)
+    schedule: str = one_of("cosine", ("cosine", "linear", "constant", "wsd"))
     warmup: float | int = share(0.05)
+    decay: float | int = share(0.1)
     floor: float | int = share(0.1)
     weight_decay: float | int = not_negative(0.01)
+    betas: list[float | int] = option(
+        [0.9, 0.95],
+        "two numbers of at least 0 and below 1",
+        lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value),
+    )
     clip: float | int = positive(1.0)
     context: int | None = count(None)
     batch_size: int | None = count(None)
     accumulate: int = count(1)
+    stop_below: float | int | None = positive(None)
 
 
 @strict
@@ -66,7 +84,6 @@ class DistillStage(TrainingStage):
 
     tokens: int = count(20_000_000)
     lr: float | int = positive(3e-4)
-    kept_lr: float | int | None = positive(None)
     temperature: float | int = positive(1.0)
     trainable: str = one_of("memory", ("memory", "all"))
     kl_weight: float | int = not_negative(1.0)

@@ -1,8 +1,9 @@
 """What each stage trains and what it minimises.
 
-A stage object has `options` (its part of the recipe), `parameters` (names to what it trains), `memories` (those that
-the teacher does not have), `prepare()`, called before the first step, and `loss(blocks)`. The training loop knows
-nothing else about it.
+A stage is a module with `options` (its part of the recipe), `parameters_by_name` (what it trains), `memories` (those
+that the teacher does not have), `prepare()`, called before the first step, `finish()`, called behind the last, and
+`forward(blocks)`, which gives the loss and figures. The training loop knows nothing else about it, and sets
+`step_seed`, the same in every process, before each step.
 """
 
 import re
@@ -24,7 +25,7 @@ Loss = tuple[Tensor, dict[str, float]]
 LayerCall = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 
 
-class Align:
+class Align(nn.Module):
     """Each converted block reads what the teacher's block read, and learns to give what that gave.
 
     The loss of a layer is the mean over tokens of |student - teacher|, divided by the mean of |teacher - input|: 1 is
@@ -37,15 +38,20 @@ class Align:
     """
 
     def __init__(self, options: AlignStage, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+        super().__init__()
         self.options, self.teacher, self.student = options, teacher, student
-        self.parameters = self.memories = memory_parameters(student)
+        self.parameters_by_name = self.memories = memory_parameters(student)
         self.layers = sorted(student.config.memory_layers)
 
     def prepare(self) -> None:
         """Dropout off: the frozen parts shall give what the teacher's give."""
         self.student.eval()
 
-    def loss(self, blocks: Tensor) -> Loss:
+    def finish(self) -> dict[str, nn.Parameter]:
+        """What the stage leaves changed, by name."""
+        return self.parameters_by_name
+
+    def forward(self, blocks: Tensor) -> Loss:
         """Sum of the layers' losses on `[B, T + 1]` int64; the figures name each layer's."""
         calls = record_layers(self.teacher, blocks[:, :-1], self.layers)
         first_input = layer_input(*calls[self.layers[0]][:2])
@@ -60,7 +66,7 @@ class Align:
         return total, figures
 
 
-class Distill:
+class Distill(nn.Module):
     """The student reads text and learns the teacher's distribution of the next token.
 
     Args:
@@ -70,15 +76,20 @@ class Distill:
     """
 
     def __init__(self, options: DistillStage, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+        super().__init__()
         self.options, self.teacher, self.student = options, teacher, student
         self.memories = memory_parameters(student)
-        self.parameters = dict(student.named_parameters()) if options.trainable == "all" else self.memories
+        self.parameters_by_name = dict(student.named_parameters()) if options.trainable == "all" else self.memories
 
     def prepare(self) -> None:
         """The teacher's own dropout, if its configuration has any."""
         self.student.train()
 
-    def loss(self, blocks: Tensor) -> Loss:
+    def finish(self) -> dict[str, nn.Parameter]:
+        """What the stage leaves changed, by name."""
+        return self.parameters_by_name
+
+    def forward(self, blocks: Tensor) -> Loss:
         """Weighted sum of divergence and cross entropy in nats per token on `[B, T + 1]` int64."""
         inputs, targets = blocks[:, :-1], blocks[:, 1:]
         logits = self.student(input_ids=inputs, use_cache=False).logits
@@ -105,7 +116,7 @@ def make_stage(options: TrainingStage, teacher: PreTrainedModel, student: PreTra
 
 
 def block_l2(given: Tensor, expected: Tensor, block_input: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean length of the error of a block's output, in units of the mean length of what the block should add.
+    """Mean length of the error of a block's output, in units of the mean length of what it should add; mean over rows.
 
     Args:
         given: Output of the student's block, `[B, T, D]`.
@@ -116,9 +127,9 @@ def block_l2(given: Tensor, expected: Tensor, block_input: Tensor, valid: Tensor
     error = torch.linalg.vector_norm(given.float() - expected.float(), dim=-1)
     update = torch.linalg.vector_norm(expected.float() - block_input.float(), dim=-1).detach()
     if valid is not None:
-        error, update = error[valid], update[valid]
+        error, update = error.where(valid, 0), update.where(valid, 0)
     # A teacher's block that adds nothing at all is possible, in a model of zeros.
-    return error.mean() / update.mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (error.sum(-1) / update.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)).mean()
 
 
 def logit_kl(given: Tensor, expected: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:

@@ -52,13 +52,13 @@ def no_pictures(monkeypatch):
 
 
 def train(stage, student, blocks: torch.Tensor, steps: int) -> list[float]:
-    as_masters(stage.parameters)
+    as_masters(stage.parameters_by_name)
     stage.prepare()
     optimizer, losses = make_optimizer(stage), []
-    with only_these_train(student, stage.parameters):
+    with only_these_train(student, stage.parameters_by_name):
         for _ in range(steps):
             optimizer.zero_grad()
-            loss, _ = stage.loss(blocks)
+            loss, _ = stage(blocks)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -105,7 +105,7 @@ def test_recorded_layers_are_those_of_the_forward_pass(teacher, blocks):
 
 def test_align_compares_every_block_on_the_teachers_own_input(teacher, student, blocks):
     stage = Align(AlignStage(), teacher, student)
-    total, figures = stage.loss(blocks)
+    total, figures = stage(blocks)
     hidden = teacher(input_ids=blocks[:, :-1], output_hidden_states=True).hidden_states
     layer, context = decoder_layers(student)[0], torch.arange(12)[None]
     given = layer(hidden[0], position_embeddings=teacher.model.rotary_emb(hidden[0], context))
@@ -115,18 +115,18 @@ def test_align_compares_every_block_on_the_teachers_own_input(teacher, student, 
 
 def test_align_treats_layers_independently(teacher, student, blocks):
     stage = Align(AlignStage(), teacher, student)
-    _, before = stage.loss(blocks)
+    _, before = stage(blocks)
     with torch.no_grad():
         decoder_layers(student)[0].self_attn.memory.o_proj.weight.mul_(3)
-    _, after = stage.loss(blocks)
+    _, after = stage(blocks)
     assert after["layer 2"] == before["layer 2"] and after["layer 0"] != before["layer 0"]
 
 
 def test_retrofit_starts_at_loss_zero_inside_the_window(teacher, blocks):
     student = build_student(teacher, layers=[0, 1], mode="retrofit", window=16)
-    loss, _ = Align(AlignStage(), teacher, student).loss(blocks)
+    loss, _ = Align(AlignStage(), teacher, student)(blocks)
     assert loss.item() < 1e-5
-    divergence, _ = Distill(DistillStage(), teacher, student).loss(blocks)
+    divergence, _ = Distill(DistillStage(), teacher, student)(blocks)
     assert divergence.item() < 1e-6
 
 
@@ -156,7 +156,7 @@ def test_distill_learns_what_it_says(teacher, student, blocks, trainable):
 
 def test_distill_weighs_divergence_and_cross_entropy(teacher, student, blocks):
     options = DistillStage(temperature=2.0, kl_weight=0.5, ce_weight=0.25)
-    total, figures = Distill(options, teacher, student).loss(blocks)
+    total, figures = Distill(options, teacher, student)(blocks)
     given, expected = student(blocks[:, :-1]).logits, teacher(blocks[:, :-1]).logits
     cross_entropy = functional.cross_entropy(given.flatten(0, 1), blocks[:, 1:].flatten())
     assert figures["kl"] == pytest.approx(logit_kl(given, expected, 2.0).item(), rel=1e-5)
