@@ -52,9 +52,7 @@ class Workplace:
 
     def run(self, *arguments: str) -> None:
         program = [sys.executable, str(HERE / "several_processes.py"), str(free_port())]
-        result = subprocess.run(
-            [*program, *arguments], env=environment(), capture_output=True, text=True, timeout=300
-        )
+        result = subprocess.run([*program, *arguments], env=environment(), capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
         self.said = result.stdout
         self.errors = result.stderr
