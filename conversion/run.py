@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,10 +30,10 @@ from hf_memory.conversion.processes import (
 )
 from hf_memory.conversion.progress import Voice, sigterm_like_ctrl_c
 from hf_memory.conversion.recipe import ConversionError, Recipe
-from hf_memory.conversion.stage_options import DistillStage
+from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
-from hf_memory.conversion.training import Run, fingerprint, last_checkpoint, train_stage
+from hf_memory.conversion.training import Run, fingerprint, last_checkpoint, seed_of, train_stage
 
 
 if TYPE_CHECKING:
@@ -223,7 +224,8 @@ class _Conversion:
         behind = -1 if done is None else labels.index(done.stage)
         with tracked(self.accelerator, self.work.output.name, recipe.to_dict()):
             for number, (label, options) in enumerate(stages.items()):
-                stage, steps = make_stage(options, teacher, student), recipe.steps_of(options)
+                stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
+                steps = recipe.steps_of(options)
                 if number < behind:
                     run.trained |= stage.finish()
                     run.steps_behind += steps
@@ -265,7 +267,7 @@ class _Conversion:
             say(f"Text: {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held out")
         for label, stage in recipe.training_stages.items():
             steps, size, length = recipe.steps_of(stage), recipe.batch_size_of(stage), recipe.context_of(stage)
-            trains = stage.trainable if isinstance(stage, DistillStage) else "memory"
+            trains = stage.trainable if stage.lora_rank is None else f"adapters in {stage.trainable}"
             say(
                 f"Stage {label} trains {trains}: {stage.tokens:,} tokens, {steps:,} steps of {size} blocks of {length}"
             )
@@ -337,7 +339,7 @@ class _Conversion:
             "student": "student",
             "reference": "teacher",
             "models": measured,
-            "curves": curves(self.work.log().read()),
+            "curves": curves(self.work.log().read(), recipe.training_stages),
             "environment": environment(self.device) | {"dtype": precision},
         }
 
@@ -349,9 +351,8 @@ def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def curves(log: list[dict[str, Any]], stages: Mapping[str, TrainingStage]) -> list[dict[str, Any]]:
     """The losses of the log by stage, as a report draws them."""
-    units = {"align": "share of the blocks' updates, summed over layers", "distill": "nats per token"}
     found = []
     for label in dict.fromkeys(line["stage"] for line in log):
         lines = [line for line in log if line["stage"] == label]
@@ -361,7 +362,7 @@ def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "stage": label,
                 "run": "student",
-                "unit": units[label.rstrip("0123456789")],
+                "unit": stages[label].unit,
                 "tokens": [group[-1]["tokens"] for group in groups],
                 "loss": [sum(line["loss"] for line in group) / len(group) for group in groups],
             }

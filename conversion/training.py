@@ -22,7 +22,7 @@ from hf_memory.conversion.processes import check_equal, from_main, gathered, tog
 from hf_memory.conversion.progress import Interruption, Voice
 from hf_memory.conversion.schema import ConversionError
 from hf_memory.conversion.stage_options import TrainingStage
-from hf_memory.conversion.stages import only_these_train, what_trains
+from hf_memory.conversion.stages import StageModule, only_these_train, what_trains
 
 
 # A stage ends early by the mean loss of so many steps.
@@ -56,7 +56,9 @@ class Run:
     steps_behind: int = 0
 
 
-def train_stage(run: Run, label: str, stage: nn.Module, batches: Batches, steps: int, done: Checkpoint | None) -> None:
+def train_stage(
+    run: Run, label: str, stage: StageModule, batches: Batches, steps: int, done: Checkpoint | None
+) -> None:
     """Train one stage to its end.
 
     Every process takes its rows of each batch: row `n` belongs to process `n % processes`.
@@ -117,7 +119,7 @@ class _Loop:
         self,
         run: Run,
         label: str,
-        stage: nn.Module,
+        stage: StageModule,
         batches: Batches,
         steps: int,
         interruption: Interruption,
@@ -305,7 +307,7 @@ def learning_rate(options: TrainingStage, peak: float, step: int, steps: int) ->
     return peak * (options.floor + (1 - options.floor) * left)
 
 
-def make_optimizer(stage: nn.Module) -> torch.optim.AdamW:
+def make_optimizer(stage: StageModule) -> torch.optim.AdamW:
     """AdamW in which matrices decay and vectors do not, and what the teacher has too may learn more slowly."""
     options = stage.options
     memories = set(stage.memories)
