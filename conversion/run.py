@@ -154,8 +154,11 @@ class _Conversion:
             if self.work.runs.exists():
                 shutil.copytree(self.work.runs, self.work.model / self.work.runs.name)
             self.work.publish()
-        except (OSError, SafetensorError) as error:
-            raise self.work.unwritable(error) from error
+        # tokenizers has no class of its own for a file that it cannot write.
+        except Exception as error:
+            if isinstance(error, (OSError, SafetensorError)) or "os error" in str(error):
+                raise self.work.unwritable(error) from error
+            raise
 
     def _teacher_config(self, recipe: Recipe) -> PreTrainedConfig:
         from transformers import CONFIG_MAPPING
