@@ -207,6 +207,8 @@ class _Conversion:
 
     def _train(self, corpus: Corpus | None) -> dict[str, torch.Tensor]:
         """The weights that are no longer those of the start behind all stages, by name, on the CPU."""
+        from hf_memory.conversion.card import without_paths
+
         recipe, stages = self.recipe, self.recipe.training_stages
         done = last_checkpoint(self.work, self.accelerator, list(stages))
         with together(self.accelerator):
@@ -225,7 +227,7 @@ class _Conversion:
         if done is not None:
             self.voice.say(f"Continuing from the checkpoint {done.name}.")
         behind = -1 if done is None else labels.index(done.stage)
-        with tracked(self.accelerator, self.work.output.name, recipe.to_dict()):
+        with tracked(self.accelerator, self.work.output.name, without_paths(recipe.to_dict())):
             for number, (label, options) in enumerate(stages.items()):
                 stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
                 steps = recipe.steps_of(options)

@@ -189,6 +189,7 @@ def test_trackers_hear_what_the_log_hears(teacher, text, tmp_path, monkeypatch):
     folder = convert(tiny_recipe(teacher, text, tmp_path / "out", **flags))
     settings, *steps = Diary.told
     assert settings["settings"]["layers"] == "[1]" and settings["settings"]["stages.1.name"] == "align"
+    assert str(tmp_path) not in str(settings)
     assert [values["at"] for values in steps] == [1, 2, 3, 4, 5, 6]
     assert {"align/loss", "align/layer 1", "align/lr", "align/gradient_norm"} <= set(steps[0])
     assert {"distill/loss", "distill/kl", "distill/tokens_per_second"} <= set(steps[3])
@@ -224,6 +225,23 @@ def test_a_checkpoint_that_cannot_be_read_is_named(teacher, text, tmp_path, monk
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ConversionError, match=rf"The checkpoint '.*align-{STEPS:06}' cannot be read"):
         convert(recipe)
+
+
+def test_data_that_vanished_leaves_the_checkpoint(teacher, text, tmp_path, monkeypatch):
+    own = Path(tmp_path, "text.txt")
+    own.write_bytes(text.read_bytes())
+    recipe = tiny_recipe(teacher, own, tmp_path / "out", **SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_memory.conversion.run._Conversion._write", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            convert(recipe)
+    own.unlink()
+    with pytest.raises(ConversionError, match="There is no file or folder"):
+        convert(recipe)
+    own.write_bytes(text.read_bytes())
+    # Nothing is trained again.
+    monkeypatch.setattr(training._Loop, "step", lambda *args: 1 / 0)
+    convert(recipe)
 
 
 def test_sigterm_is_ctrl_c():
