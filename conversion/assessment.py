@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +19,14 @@ from hf_memory.conversion.data import Batches, Corpus, bytes_per_token
 from hf_memory.conversion.evaluate import SPEED_CONTEXTS, evaluate_pair
 from hf_memory.conversion.gate import check, parse
 from hf_memory.conversion.probe import Probe, probe_lengths
+from hf_memory.conversion.processes import together, tracked
 from hf_memory.conversion.progress import Voice
 from hf_memory.conversion.recipe import Recipe
 from hf_memory.conversion.report import environment, measure
 from hf_memory.conversion.schema import ConversionError
 from hf_memory.conversion.stage_options import DistillStage, TrainingStage
 from hf_memory.conversion.stages import make_stage
-from hf_memory.conversion.training import Run, fingerprint, load_tensors, make_accelerator, seed_of, train_stage
+from hf_memory.conversion.training import Run, fingerprint, last_checkpoint, load_tensors, seed_of, train_stage
 
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ class Assessment:
         recipe: With `layers` as numbers.
         work: Its folder. What is measured behind a stage is kept there, as is the teacher that is trained on.
         voice: Where to speak.
+        accelerator: Processes and precision. The main process alone measures; all of them train the control.
         device, dtype: To compute on and in.
         corpus: Training and held-out tokens.
         tokenizer: The teacher's.
@@ -57,12 +61,14 @@ class Assessment:
         recipe: Recipe,
         work: WorkFolder,
         voice: Voice,
+        accelerator: Accelerator,
         device: torch.device,
         dtype: torch.dtype,
         corpus: Corpus,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self.recipe, self.work, self.voice, self.device, self.dtype = recipe, work, voice, device, dtype
+        self.recipe, self.work, self.voice, self.accelerator = recipe, work, voice, accelerator
+        self.device, self.dtype = device, dtype
         self.corpus, self.tokenizer = corpus, tokenizer
         self.probe = Probe(
             tokenizer, corpus.held_out, probe_lengths(recipe.context), recipe.recall_samples, seed=recipe.seed
@@ -73,15 +79,18 @@ class Assessment:
                 "ask for it: give a larger `context`, or drop the requirement."
             )
 
-    def behind_stage(
-        self, label: str, teacher: PreTrainedModel, student: PreTrainedModel, accelerator: Accelerator
-    ) -> None:
+    def behind_stage(self, label: str, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         """Measure the student on a part of the held-out blocks, unless that was done before, and keep the figures."""
+        with together(self.accelerator):
+            if self.recipe.evaluate_stages and self.accelerator.is_main_process:
+                self._measure_stage(label, teacher, student)
+
+    def _measure_stage(self, label: str, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
         stages = self.stages()
-        if not self.recipe.evaluate_stages or any(stage["stage"] == label for stage in stages):
+        if any(stage["stage"] == label for stage in stages):
             return
         blocks = self.corpus.held_out_blocks(self.recipe.context, min(STAGE_BLOCKS, self.recipe.held_out_blocks))
-        with accelerator.autocast():
+        with self.accelerator.autocast():
             found = evaluate_pair(teacher, student, blocks, bytes_per_token=bytes_per_token(blocks, self.tokenizer))
         parts = {
             name: {"whole": asdict(quality.whole), "curve": [asdict(span) for span in quality.curve]}
@@ -115,7 +124,7 @@ class Assessment:
 
     @property
     def _control_work(self) -> WorkFolder:
-        return WorkFolder(self.work.path / CONTROL)
+        return WorkFolder(self.work.path / CONTROL, holds=self.accelerator.is_main_process)
 
     @property
     def _control_options(self) -> DistillStage:
@@ -131,31 +140,32 @@ class Assessment:
             teacher: On the device; it is changed.
         """
         recipe, seeds = self.recipe, (self.recipe.seed, len(self.recipe.training_stages))
+        taken = Counter(line["stage"] for line in self.work.log().read())
         parts = []
-        for number, stage in enumerate(recipe.training_stages.values()):
+        for number, (label, stage) in enumerate(recipe.training_stages.items()):
             size = recipe.batch_size_of(stage)
             batches = Batches(self.corpus.train, recipe.context_of(stage), size, (recipe.seed, number))
-            parts.append((batches, recipe.steps_of(stage)))
+            parts.append((batches, taken[label]))
         chain = Chain(parts, seeds)
         if not len(chain):
             return
         identity = {"teacher": fingerprint(teacher), "data": self.corpus.fingerprint}
-        with self._control_work as work:
-            work.claim(recipe)
-            done = work.latest([CONTROL])
+        work = self._control_work
+        with ExitStack() as stack:
+            with together(self.accelerator):
+                stack.enter_context(work)
+                work.claim(recipe)
+            done = last_checkpoint(work, self.accelerator, [CONTROL])
             if done is not None and any(done.numbers.get(name) != value for name, value in identity.items()):
                 raise ConversionError(
                     "The teacher or the data is not what the control was trained with: put it back to continue, or "
                     "pass --restart (restart=True) to begin anew."
                 )
-            if done is not None and done.step >= len(chain):
-                return
-            accelerator = make_accelerator(self.device, self.dtype)
             stage = make_stage(self._control_options, teacher, teacher.requires_grad_(True), seed_of(*seeds))
-            run = Run(work, recipe.checkpoint_seconds, self.voice, accelerator, teacher, [CONTROL], identity)
-            work.log().rewind([CONTROL], done)
+            run = Run(work, recipe.checkpoint_seconds, self.voice, self.accelerator, teacher, [CONTROL], identity)
             self.voice.say(f"A control: the teacher trained on, {len(chain):,} steps on the same blocks")
-            train_stage(run, CONTROL, stage, chain, len(chain), done)
+            with tracked(self.accelerator, f"{self.work.output.name}-{CONTROL}", asdict(self._control_options)):
+                train_stage(run, CONTROL, stage, chain, len(chain), done)
 
     def report(self, teacher: PreTrainedModel) -> dict[str, Any]:
         """Teacher, saved student and controls measured on the held-out blocks.

@@ -87,6 +87,9 @@ class Recipe:
     )
     stages: list[Stage] = option(default_stages(), f"a list of {', '.join(STAGES)}")
     checkpoint_seconds: float | int = not_negative(300, "Time between two checkpoints.")
+    report_to: list[str] = option(
+        [], "a list of trackers", help="Tracker such as tensorboard or wandb, as accelerate names it; repeat for more."
+    )
     code: bool = option(True, "true or false")
     require: str | list[str] = option(
         [], "texts such as kl<0.05", help='Fails the run unless it holds: "kl<0.05", "gap<3%", ...; repeat for more.'
@@ -107,7 +110,7 @@ class Recipe:
 
     # These change when or where something is written, not the weights that come out.
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
-        *("output", "checkpoint_seconds", "code"),
+        *("output", "checkpoint_seconds", "code", "report_to"),
         *("require", "evaluate_stages", "controls", "recall_samples"),
     )
 
