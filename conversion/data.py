@@ -93,7 +93,12 @@ class Batches:
         return self._shuffled[1]
 
 
-def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progress: Progress | None = None) -> Corpus:
+def load_corpus(
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerBase",
+    on_progress: Progress | None = None,
+    tokens: np.ndarray | None = None,
+) -> Corpus:
     """Read, tokenise and split the data of a recipe.
 
     Files and folders are read whole; of a dataset, a quarter more than the stages train on.
@@ -102,6 +107,7 @@ def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progres
         recipe: With `data` set.
         tokenizer: The teacher's; documents are joined by its end-of-text token, if it has one.
         on_progress: Called as `on_progress(tokens, bytes)` while it reads.
+        tokens: `[N]` integers in place of the recipe's data.
 
     Raises:
         ConversionError: Data that cannot be found or read, or is too short.
@@ -109,7 +115,8 @@ def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progres
     sources = recipe.data if isinstance(recipe.data, list) else [recipe.data]
     stages = list(recipe.training_stages.values())
     limit = sum(stage.tokens for stage in stages) * 5 // 4
-    tokens = encode(documents(sources, recipe), tokenizer, limit, on_progress)
+    if tokens is None:
+        tokens = encode(documents(sources, recipe), tokenizer, limit, on_progress)
     name, longest = ", ".join(sources), max([recipe.context, *(recipe.context_of(stage) for stage in stages)])
     if isinstance(recipe.held_out, str):
         train, held_out = tokens, encode(documents([recipe.held_out], recipe), tokenizer, limit, on_progress)
@@ -207,6 +214,8 @@ def documents(sources: Sequence[str], recipe: Recipe) -> Iterator[tuple[str, boo
         if path.exists():
             for file in text_files(path):
                 yield file, False
+        elif source == "teacher":
+            raise ConversionError("Text of the teacher's own is read alone: give `data: teacher`, or leave it out.")
         elif looks_like_a_path(source):
             raise ConversionError(f"There is no file or folder {source!r} to read data from.")
         else:

@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 
 from hf_memory._cli.loading import UserError, load_config, load_model, load_tokenizer, resolve_device
 from hf_memory._cli.state_size import build_without_weights
+from hf_memory.conversion.adapters import load_adapters, save_adapters
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
 from hf_memory.conversion.progress import Voice
 from hf_memory.conversion.recipe import ConversionError, Recipe
+from hf_memory.conversion.sampling import SampledText, is_teacher, sampled_size
 from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
@@ -34,6 +36,7 @@ from hf_memory.conversion.training import (
 
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # A curve in the report has so many points at most, each the mean of the steps around it.
@@ -101,9 +104,10 @@ class _Conversion:
         tokenizer, corpus = self._text()
         self.work.claim(self.recipe)
         # Teacher and student of the training are gone by the time the model is built again.
-        final = self._final_model(self._train(corpus))
+        trained = self._train(corpus)
+        final = self._final_model(trained)
         try:
-            self._assemble(final, tokenizer, corpus)
+            self._assemble(final, trained, tokenizer, corpus)
             return self.work.publish()
         except (OSError, SafetensorError) as error:
             raise self.work.unwritable(error) from error
@@ -149,9 +153,27 @@ class _Conversion:
                 # Nothing is read: a teacher without a tokenizer becomes a student without one.
                 return None, None
         tokenizer = load_tokenizer(self.recipe.teacher, *self.origin)
+        tokens = self._written_by_teacher(tokenizer) if is_teacher(self.recipe.data) else None
         with self.voice.progress("reading, in characters", None) as bar:
-            corpus = load_corpus(self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"))
+            corpus = load_corpus(
+                self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"), tokens
+            )
         return tokenizer, corpus
+
+    def _written_by_teacher(self, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+        """Text of the teacher's own, kept in the work folder: a resumed run reads the same."""
+        recipe = self.recipe
+        self.work.claim(recipe)
+        text = SampledText(self.work.path / "sampled.bin", *sampled_size(recipe))
+        if text.missing:
+            teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
+            if tokenizer.bos_token_id is None:
+                self.voice.say("The teacher has no token to begin a text with: each begins with a random one.")
+            with self.voice.progress(
+                "sampling from the teacher, in tokens", text.size, text.size - text.missing
+            ) as bar:
+                text.write(teacher, tokenizer, recipe.batch_size, recipe.seed, bar.update)
+        return text.read()
 
     def _train(self, corpus: Corpus | None) -> dict[str, torch.Tensor]:
         """The weights that are no longer those of the start behind all stages, by name, on the CPU."""
@@ -234,7 +256,11 @@ class _Conversion:
         return final
 
     def _assemble(
-        self, final: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
+        self,
+        final: PreTrainedModel,
+        trained: dict[str, torch.Tensor],
+        tokenizer: PreTrainedTokenizerBase | None,
+        corpus: Corpus | None,
     ) -> None:
         from hf_memory.conversion.card import write_card, write_recipe
         from hf_memory.conversion.report import write_report
@@ -244,6 +270,9 @@ class _Conversion:
         if recipe.save_dtype != "teacher":
             # Through loading, which knows what has to stay in float32.
             load_model(str(folder), "cpu", recipe.save_dtype).save_pretrained(folder)
+        for stage in recipe.training_stages.values():
+            if not stage.lora_merge:
+                save_adapters(stage, trained, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         report = None
@@ -267,7 +296,7 @@ class _Conversion:
         blocks = corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
         models = {
             "teacher": self._load_teacher(precision, self.device),
-            "student": load_model(str(self.work.model), str(self.device), precision),
+            "student": load_adapters(load_model(str(self.work.model), str(self.device), precision), self.work.model),
         }
         with self.voice.progress("evaluating, in blocks", len(blocks)) as bar:
             measured = measure(
