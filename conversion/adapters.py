@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +23,9 @@ FOLDER = "adapter"
 # What peft puts between a module and the weights that it had.
 BASE_LAYER = ".base_layer."
 LORA = ".lora_"
+# In front of the names in its files, and the name of these.
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
 
 
 def plain_name(name: str) -> str:
@@ -115,18 +118,25 @@ def save_adapters(options: TrainingStage, trained: Mapping[str, Tensor], folder:
     config.inference_mode = True
     place = Path(folder) / FOLDER
     config.save_pretrained(place)
-    weights = {"base_model.model." + name.replace(f".{ADAPTER}.", "."): value for name, value in adapters.items()}
-    save_file(weights, place / "adapter_model.safetensors", metadata={"format": "pt"})
+    weights = {PREFIX + name.replace(f".{ADAPTER}.", "."): value for name, value in adapters.items()}
+    save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
     return place
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
     """The model with the adapters, if any were kept beside it, at work in it."""
-    if not (Path(folder) / FOLDER).is_dir():
+    place = Path(folder) / FOLDER
+    if not place.is_dir():
         return model
-    from peft import PeftModel
+    from peft import LoraConfig, inject_adapter_in_model
 
-    return PeftModel.from_pretrained(model, str(Path(folder) / FOLDER)).get_base_model()
+    inject_adapter_in_model(LoraConfig.from_pretrained(str(place)), model, ADAPTER)
+    parameters, weights = dict(model.named_parameters()), load_file(place / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if LORA in name:
+                parameter.data = weights[PREFIX + name.replace(f".{ADAPTER}.", ".")].to(parameter.device)
+    return model
 
 
-__all__ = ["FOLDER", "Adapters", "load_adapters", "plain_name", "save_adapters"]
+__all__ = ["FOLDER", "LORA", "Adapters", "load_adapters", "plain_name", "save_adapters"]

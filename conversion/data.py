@@ -22,6 +22,8 @@ PIECE = 2**20
 PIECES_AT_ONCE = 64
 # A binary file has a zero byte early on, text has none.
 SNIFF = 8192
+# The source that is text of the teacher's own.
+TEACHER = "teacher"
 FILE_SUFFIXES = (".csv", ".gz", ".html", ".json", ".jsonl", ".md", ".parquet", ".py", ".text", ".txt", ".xml", ".zip")
 
 
@@ -214,7 +216,7 @@ def documents(sources: Sequence[str], recipe: Recipe) -> Iterator[tuple[str, boo
         if path.exists():
             for file in text_files(path):
                 yield file, False
-        elif source == "teacher":
+        elif source == TEACHER:
             raise ConversionError("Text of the teacher's own is read alone: give `data: teacher`, or leave it out.")
         elif looks_like_a_path(source):
             raise ConversionError(f"There is no file or folder {source!r} to read data from.")

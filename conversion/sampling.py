@@ -16,10 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from hf_memory.conversion.data import TEACHER
 from hf_memory.conversion.recipe import Recipe
-
-
-SOURCE = "teacher"
 
 
 class _Draw(LogitsProcessor):
@@ -107,7 +105,7 @@ def _digest(prompt: np.ndarray) -> int:
 
 def is_teacher(data: str | list[str] | None) -> bool:
     """Whether `data` of a recipe means text of the teacher's own, not a file of that name."""
-    return data == SOURCE and not Path(SOURCE).exists()
+    return data == TEACHER and not Path(TEACHER).exists()
 
 
 def sampled_size(recipe: Recipe) -> tuple[int, int]:

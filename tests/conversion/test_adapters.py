@@ -16,7 +16,7 @@ from hf_memory.conversion.checkpoints import WorkFolder
 from hf_memory.conversion.run import convert
 from hf_memory.conversion.schema import ConversionError
 from hf_memory.conversion.stage_options import AlignStage, DistillStage
-from hf_memory.conversion.stages import make_stage, only_these_train
+from hf_memory.conversion.stages import make_stage, only_these_train, what_trains
 from hf_memory.conversion.surgery import build_student
 from hf_memory.evaluation.properties_tiny import random_model, tiny_config
 
@@ -75,6 +75,17 @@ def test_adapters_start_by_changing_nothing_and_alone_are_trained(teacher, stude
     after = {name.replace(".base_layer.", "."): value for name, value in student.state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not torch.equal(student(blocks).logits, expected)
+
+
+def test_adapters_are_named_by_what_they_adapt(teacher, student):
+    stage = make_stage(DistillStage(lora_rank=2), teacher, student)
+    lines = what_trains(student, stage.parameters_by_name)
+    assert lines[:2] == [
+        "trainable adapters: 1,024 parameters",
+        "  model.layers.{0,2}.self_attn.memory.{q_proj,k_proj,v_proj,o_proj}: 1,024",
+    ]
+    assert lines[2] == f"frozen: {student.num_parameters() - 1024:,} parameters"
+    assert not any("base_layer" in line for line in lines)
 
 
 def test_merged_weights_are_those_of_peft(teacher, student, blocks):
