@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_memory._cli.loading import load_model
+from hf_memory.conversion.adapters import load_adapters
 from hf_memory.conversion.checkpoints import PARTIAL, WorkFolder
 from hf_memory.conversion.controls import CONTINUED, OFF, STUDENT, TEACHER, Chain, MemoryOff
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token
@@ -176,7 +177,8 @@ class Assessment:
         recipe, precision = self.recipe, str(self.dtype).removeprefix("torch.")
         blocks = self.corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
         models: dict[str, PreTrainedModel | MemoryOff] = {TEACHER: teacher}
-        models[STUDENT] = load_model(str(self.work.model), str(self.device), precision)
+        saved = str(self.work.model)
+        models[STUDENT] = load_adapters(load_model(saved, str(self.device), precision), self.work.model)
         controls, logged = {}, curves(self.work.log().read(), recipe.training_stages)
         if recipe.layers:
             controls["off"], models[OFF] = OFF, MemoryOff(models[STUDENT])
