@@ -16,7 +16,9 @@ from huggingface_hub.dataclasses import strict
 
 from hf_memory.conversion.schema import ConversionError, build, count, not_negative, one_of, option
 from hf_memory.conversion.stage_options import (
+    REPLACED_ONLY,
     STAGES,
+    AlignStage,
     Stage,
     TrainingStage,
     build_stage,
@@ -81,7 +83,7 @@ class Recipe:
     device: str = option(
         "auto", "auto, cpu, cuda, cuda:1, ...", bool, '"cpu", "cuda", ...; "auto" takes a GPU if there is one.'
     )
-    stages: list[Stage] = option(default_stages(), "a list of init, align and distill")
+    stages: list[Stage] = option(default_stages(), f"a list of {', '.join(STAGES)}")
     checkpoint_seconds: float | int = not_negative(300, "Time between two checkpoints.")
     code: bool = option(True, "true or false")
 
@@ -113,6 +115,17 @@ class Recipe:
             raise ValueError(f"`stages` must begin with init and name it once, got {names}")
         if self.data is None and self.training_stages:
             raise ValueError("`data` is missing: name a text file, a folder or a dataset, or stop with the stage init")
+        if not all(stage.lora_merge for stage in [*self.training_stages.values()][:-1]):
+            raise ValueError("`lora_merge` false keeps adapters beside the weights: only the last stage can do that")
+
+    def validate_targets(self) -> None:
+        """Part of `@strict`-powered validation: what is compared exists."""
+        for stage in self.stages:
+            if self.mode == "retrofit" and isinstance(stage, AlignStage) and stage.target in REPLACED_ONLY:
+                raise ValueError(
+                    f"`target` {stage.target} compares a memory with the attention in whose place it stands, and mode "
+                    "retrofit keeps that: align with `target` mixer or block"
+                )
 
     @property
     def training_stages(self) -> dict[str, TrainingStage]:
@@ -125,7 +138,7 @@ class Recipe:
         return labelled
 
     def context_of(self, stage: TrainingStage) -> int:
-        return stage.context or self.context
+        return stage.context_in(self.context)
 
     def batch_size_of(self, stage: TrainingStage) -> int:
         return stage.batch_size or self.batch_size
@@ -211,7 +224,7 @@ def read_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None 
         ConversionError: One sentence about the first thing wrong.
     """
     values, flags = read_yaml(path) if path is not None else {}, dict(flags or {})
-    given = values.pop("stages", list(STAGES))
+    given = values.pop("stages", [stage.name for stage in default_stages()])
     if not isinstance(given, list):
         raise ConversionError(f"`stages` must be a list of {', '.join(STAGES)}, got {given!r}.")
     stages = [dict(stage) if isinstance(stage, Mapping) else {"name": stage} for stage in given]
