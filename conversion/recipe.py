@@ -85,10 +85,13 @@ class Recipe:
     )
     stages: list[Stage] = option(default_stages(), f"a list of {', '.join(STAGES)}")
     checkpoint_seconds: float | int = not_negative(300, "Time between two checkpoints.")
+    report_to: list[str] = option(
+        [], "a list of trackers", help="Tracker such as tensorboard or wandb, as accelerate names it; repeat for more."
+    )
     code: bool = option(True, "true or false")
 
     # These change when or where something is written, not the weights that come out.
-    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("output", "checkpoint_seconds", "code")
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("output", "checkpoint_seconds", "code", "report_to")
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):

@@ -153,10 +153,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(teacher, text, undisturbe
     recipe = tiny_recipe(teacher, text, tmp_path / "out", **OFTEN)
     original, limits = training._Loop.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(self, step):
+    def save(self, step, ended):
         if (self.label, step) == ("align", 4):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        return original(self, step)
+        return original(self, step, ended)
 
     monkeypatch.setattr(training._Loop, "save", save)
     try:
