@@ -11,9 +11,9 @@ from hf_memory.models.hybrid.configuration_hybrid import MemoryHybridConfig
 
 Linear = tuple[Tensor, Tensor | None]
 Projections = dict[str, Linear]
-# Names of the output projection, beside separate projections of queries, keys and values.
 SEPARATE = ("q_proj", "k_proj", "v_proj")
-OUTPUT = ("o_proj", "out_proj", "dense", "Wo")
+# Names of the output projection.
+OUTPUT = ("o_proj", "out_proj", "dense", "Wo", "c_proj")
 QUERY_NORMS, KEY_NORMS = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
 
 
@@ -52,7 +52,7 @@ def _separate(attention: nn.Module, heads: int, head_dim: int) -> Projections:
     for fused, split in FUSED.items():
         if fused in names:
             parts = split(attention, _linear(names[fused]), heads, head_dim)
-            return parts | {"o_proj": _linear(names["c_proj" if fused == "c_attn" else output])}
+            return parts | {"o_proj": _linear(names[output])}
     if "Wq" in names:  # CTRL
         return {
             ours: _linear(names[theirs])

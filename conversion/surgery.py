@@ -16,10 +16,11 @@ from hf_memory.models.hybrid.modeling_hybrid import (
     MemoryHybridForCausalLM,
     MemorySlotMixin,
     decoder_layers,
+    find_attention,
 )
 
 
-__all__ = ["build_student", "decoder_layers", "memory_parameters", "memory_slots", "new_parameters"]
+__all__ = ["build_student", "decoder_layers", "find_attention", "memory_parameters", "memory_slots", "new_parameters"]
 
 DEFAULT_WINDOW = 512
 # x where the nonlinearity of an output gate is 1: gates start open.
