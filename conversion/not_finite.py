@@ -9,22 +9,30 @@ from torch import Tensor, nn
 
 
 def first_not_finite(stage: nn.Module, parameters: Mapping[str, nn.Parameter], repeat: Callable[[], None]) -> str:
-    """What is not finite first: weights, else the output of a module, else a gradient; empty if all is.
+    """What is not finite first: weights, else the output of a module, else a gradient; empty if none of them.
 
     Args:
         stage: Has the models as `student` and `teacher`; all their modules are watched.
-        parameters: What trains, by name, in the order of the forward pass.
+        parameters: What trains, by name.
         repeat: Does the forward and backward pass of the step again.
     """
     for name, value in parameters.items():
         if not finite(value):
             return f"the weights of {described(name)}"
-    found: list[str] = []
+    outputs: list[str] = []
+    gradients: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not found and not all(finite(value) for value in tensors(output)):
-                found.append(name)
+            for value in tensors(output):
+                if not finite(value):
+                    outputs.append(name)
+                if value.requires_grad:
+                    value.register_hook(look_back)
+
+        def look_back(gradient: Tensor) -> None:
+            if not finite(gradient):
+                gradients.append(name)
 
         return look
 
@@ -36,11 +44,12 @@ def first_not_finite(stage: nn.Module, parameters: Mapping[str, nn.Parameter], r
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return f"the output of {described(found[0])}"
-    # Gradients come from the loss: the last layer of those that are hit is the first that was.
+    if outputs:
+        return f"the output of {described(outputs[0])}"
+    if gradients:
+        return f"the gradient at the output of {described(gradients[0])}"
     hit = [name for name, value in parameters.items() if value.grad is not None and not finite(value.grad)]
-    return f"the gradient of {described(hit[-1])}" if hit else ""
+    return f"the gradient of {described(hit[0])}" if hit else ""
 
 
 def finite(value: Tensor) -> bool:

@@ -159,8 +159,11 @@ class _Conversion:
             if self.work.runs.exists():
                 shutil.copytree(self.work.runs, self.work.model / self.work.runs.name)
             self.work.publish()
-        except (OSError, SafetensorError) as error:
-            raise self.work.unwritable(error) from error
+        # tokenizers has no class of its own for a file that it cannot write.
+        except Exception as error:
+            if isinstance(error, (OSError, SafetensorError)) or "os error" in str(error):
+                raise self.work.unwritable(error) from error
+            raise
 
     def _teacher_config(self, recipe: Recipe) -> PreTrainedConfig:
         from transformers import CONFIG_MAPPING
@@ -215,6 +218,8 @@ class _Conversion:
 
     def _train(self, corpus: Corpus | None) -> dict[str, torch.Tensor]:
         """The weights that are no longer those of the start behind all stages, by name, on the CPU."""
+        from hf_memory.conversion.card import without_paths
+
         recipe, stages = self.recipe, self.recipe.training_stages
         done = last_checkpoint(self.work, self.accelerator, list(stages))
         with together(self.accelerator):
@@ -239,7 +244,7 @@ class _Conversion:
         if done is not None:
             self.voice.say(f"Continuing from the checkpoint {done.name}.")
         behind = -1 if done is None else labels.index(done.stage)
-        with tracked(self.accelerator, self.work.output.name, recipe.to_dict()):
+        with tracked(self.accelerator, self.work.output.name, without_paths(recipe.to_dict())):
             for number, (label, options) in enumerate(stages.items()):
                 stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
                 steps = recipe.steps_of(options)

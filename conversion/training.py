@@ -159,9 +159,7 @@ class _Loop:
                     raise KeyboardInterrupt
                 if low:
                     below = self.stage.options.stop_below
-                    run.voice.say(
-                        f"{self.label}: the mean loss of {STOP_STEPS} steps is below {below}, the stage ends."
-                    )
+                    run.voice.say(f"{self.label} ends: the mean loss of {STOP_STEPS} steps is below {below}.")
                     return
 
     def low_enough(self) -> bool:
