@@ -105,7 +105,14 @@ class Recipe:
     code: bool = option(True, "true or false")
 
     # These change when or where something is written, not the weights that come out.
-    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = ("output", "checkpoint_seconds", "code", "report_to")
+    WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
+        "output",
+        "checkpoint_seconds",
+        "code",
+        "report_to",
+        "device_map",
+        "stream",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):

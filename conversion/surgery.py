@@ -67,6 +67,11 @@ def build_student(
         known = [width for width in teacher_windows(teacher.config) if width is not None]
         window = min([DEFAULT_WINDOW, *known])
     refuse_unsupported(teacher)
+    if len({value.is_meta for value in teacher.parameters()}) > 1:
+        raise ValueError(
+            "A part of the teacher lies on disk: build the student from a teacher that is wholly in memory, loaded "
+            "without `device_map`."
+        )
     try:
         config = MemoryHybridConfig.from_teacher(
             teacher.config,

@@ -148,7 +148,7 @@ def documented() -> dict[str, str]:
     text = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text(encoding="utf-8")
     supported, refused = text.split("## Refused")
     rows = dict.fromkeys(re.findall(r"`([\w-]+)`", supported.split("## Supported")[1].split("\n\n")[1]), "")
-    for types, reason in re.findall(r"^\| (`.*`) \| (.*) \|$", refused, re.M):
+    for types, reason in re.findall(r"^\| (`.*`) \| (.*) \|$", refused.split("\n## ")[0], re.M):
         rows |= dict.fromkeys(re.findall(r"`([\w-]+)`", types), reason)
     return rows
 
