@@ -24,7 +24,7 @@ RECIPE = "recipe.yaml"
 # Entries of a recipe that may be paths.
 _PATHS = ("teacher", "data", "held_out")
 # What is of no use to others.
-_OWN = ("output", "checkpoint_seconds", "code", "report_to")
+_OWN = ("output", "checkpoint_seconds", "code", "report_to", "device_map", "stream")
 _STAGES = {
     "align": "each converted layer learns to give what the teacher's gives.",
     "distill": "the model learns the teacher's distribution of the next token.",

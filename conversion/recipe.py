@@ -28,6 +28,8 @@ from hf_memory.conversion.stage_options import (
 
 
 CONTROLS = ("off", "continued")
+# Words that accelerate turns into a placement by the memory that is there.
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 LAYER_WORDS = ("all", "odd", "even", "lower", "none")
 
 
@@ -88,6 +90,18 @@ class Recipe:
     device: str = option(
         "auto", "auto, cpu, cuda, cuda:1, ...", bool, '"cpu", "cuda", ...; "auto" takes a GPU if there is one.'
     )
+    device_map: str | dict | None = option(
+        None,
+        "auto, balanced, balanced_low_0, sequential, or a mapping from modules to devices",
+        lambda value: value in DEVICE_MAPS if isinstance(value, str) else bool(value),
+        "Spread the teacher over devices, the CPU and the disk: auto, balanced, ...; a mapping in a recipe.",
+    )
+    teacher_bits: int | None = option(
+        None, "8 or 4", (8, 4).__contains__, "Hold the teacher in 8 or 4 bits, through bitsandbytes."
+    )
+    stream: bool = option(
+        False, "true or false", help="Read the teacher's layers from disk one at a time, whenever they are called."
+    )
     stages: list[Stage] = option(default_stages(), f"a list of {', '.join(STAGES)}")
     checkpoint_seconds: float | int = not_negative(300, "Time between two checkpoints.")
     report_to: list[str] = option(
@@ -113,7 +127,7 @@ class Recipe:
 
     # These change when or where something is written, not the weights that come out.
     WITHOUT_EFFECT: ClassVar[tuple[str, ...]] = (
-        *("output", "checkpoint_seconds", "code", "report_to"),
+        *("output", "checkpoint_seconds", "code", "report_to", "device_map", "stream"),
         *("require", "evaluate_stages", "controls", "recall_samples"),
     )
 
@@ -135,6 +149,12 @@ class Recipe:
         """Part of `@strict`-powered validation: a window exists in retrofit mode only."""
         if self.mode == "replace" and self.window is not None:
             raise ValueError(f"`window` ({self.window}) belongs to mode retrofit: set that mode, or drop the window")
+
+    def validate_placement(self) -> None:
+        """Part of `@strict`-powered validation: one way to make the teacher small."""
+        given = [name for name in ("device_map", "teacher_bits") if getattr(self, name) is not None]
+        if self.stream and given:
+            raise ValueError(f"`stream` and `{given[0]}` both say where the teacher lies: leave one of them out")
 
     def validate_stages(self) -> None:
         """Part of `@strict`-powered validation: init once and first, and data if anything trains."""

@@ -14,11 +14,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from hf_memory._cli.loading import UserError, load_config, load_model, load_tokenizer, resolve_device
-from hf_memory._cli.state_size import build_without_weights
+from hf_memory._cli.state_size import build_without_weights, readable_size
 from hf_memory.conversion.adapters import save_adapters
 from hf_memory.conversion.assessment import Assessment
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, load_corpus
+from hf_memory.conversion.footprint import PeakMeter, expected_peak
+from hf_memory.conversion.loading import check_bits, layers_on_disk, load_teacher
 from hf_memory.conversion.processes import (
     check_equal,
     from_main,
@@ -113,6 +115,7 @@ class _Conversion:
         # Numbers instead of words, so that the same layers under another name are the same recipe.
         self.recipe = replace(recipe, layers=recipe.layer_numbers(count))
         self.device = place_of(accelerator, resolve_device(recipe.device))
+        self.placement = recipe.device_map
         self.dtype = _compute_dtype(recipe, self.device)
 
     def run(self) -> Path:
@@ -127,6 +130,7 @@ class _Conversion:
             self._check_surgery()
             if main and is_teacher(self.recipe.data):
                 self.work.claim(self.recipe)
+                self.voice.say(f"Expected peak of memory: {self.expected}")
                 self._sample()
         with together(self.accelerator):
             tokenizer, corpus = self._text()
@@ -134,10 +138,13 @@ class _Conversion:
                 parts = (self.recipe, self.work, self.voice, self.accelerator, self.device, self.dtype)
                 self.assessment = Assessment(*parts, corpus, tokenizer)
             self.work.claim(self.recipe)
+        if not is_teacher(self.recipe.data):
+            self.voice.say(f"Expected peak of memory: {self.expected}")
+        self.peak = PeakMeter(self.device)
         # Teacher and student of the training are gone by the time the model is built again.
         trained = self._train(corpus)
         if "continued" in self.recipe.controls:
-            self.assessment.train_control(self._load_teacher(str(self.dtype).removeprefix("torch."), self.device))
+            self.assessment.train_control(self._load_plain(str(self.dtype).removeprefix("torch."), self.device))
         with together(self.accelerator):
             if main:
                 self._write(trained, tokenizer, corpus)
@@ -185,9 +192,15 @@ class _Conversion:
         return config
 
     def _check_surgery(self) -> None:
-        """The whole surgery on tensors without memory, before anything large is loaded."""
+        """The whole surgery on tensors without memory, before anything large is loaded; what the run will need."""
+        check_bits(self.recipe.teacher_bits)
         with torch.device("meta"):
-            self._student_of(build_without_weights(self.config, torch.float32))
+            skeleton = build_without_weights(self.config, self.dtype)
+            student = self._student_of(skeleton)
+        if self.recipe.stream:
+            self.placement = layers_on_disk(skeleton, self.device)
+        parts = (self.recipe, skeleton, student, self.device, self.accelerator.num_processes)
+        self.expected = expected_peak(*parts)
 
     def _student_of(self, teacher: PreTrainedModel) -> PreTrainedModel:
         recipe = self.recipe
@@ -242,11 +255,17 @@ class _Conversion:
         recipe, stages = self.recipe, self.recipe.training_stages
         done = last_checkpoint(self.work, self.accelerator, list(stages))
         with together(self.accelerator):
-            teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
-            identity = {"teacher": fingerprint(teacher), "data": corpus.fingerprint if corpus is not None else ""}
+            precision = str(self.dtype).removeprefix("torch.")
+            # What lies on disk or in a few bits gives no weights to inherit.
+            plain = self._load_plain(precision, "cpu" if self._is_placed else self.device)
+            identity = {"teacher": fingerprint(plain), "data": corpus.fingerprint if corpus is not None else ""}
             if done is not None:
                 self._check_unchanged(done, identity)
-            student = self._student_of(teacher).requires_grad_(True)
+            student = self._student_of(plain).requires_grad_(True).to(self.device)
+            teacher = plain
+            if self._is_placed:
+                del plain
+                teacher = self._load_teacher(precision, self.device)
         check_equal(self.accelerator, "a teacher", identity["teacher"])
         check_equal(self.accelerator, "data", identity["data"])
         self._say_plan(student, corpus)
@@ -272,7 +291,21 @@ class _Conversion:
                 self.assessment.behind_stage(label, teacher, student)
         return {name: value.detach().cpu() for name, value in run.trained.items()}
 
-    def _load_teacher(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
+    @property
+    def _is_placed(self) -> bool:
+        return self.placement is not None or self.recipe.teacher_bits is not None
+
+    def _load_teacher(self, dtype: str, device: torch.device) -> PreTrainedModel:
+        """The teacher to read with, placed as the recipe says."""
+        if not self._is_placed:
+            return self._load_plain(dtype, device)
+        recipe = self.recipe
+        how = {"bits": recipe.teacher_bits, "device_map": self.placement, "offload": self.work.path / "offload"}
+        self.voice.say(f"Loading {recipe.teacher}")
+        origin = {"trust_remote_code": recipe.trust_remote_code, "revision": recipe.revision}
+        return load_teacher(recipe.teacher, device, dtype, **how, **origin)
+
+    def _load_plain(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
         self.voice.say(f"Loading {self.recipe.teacher}")
         return load_model(self.recipe.teacher, str(device), dtype, *self.origin).requires_grad_(False)
 
@@ -313,7 +346,7 @@ class _Conversion:
 
     def _final_model(self, trained: dict[str, torch.Tensor]) -> PreTrainedModel:
         """The teacher's tensors as they are stored, with the surgery done again and the trained weights on top."""
-        final = self._student_of(self._load_teacher("auto", "cpu"))
+        final = self._student_of(self._load_plain("auto", "cpu"))
         with torch.no_grad():
             for name, parameter in final.named_parameters():
                 if name in trained:
@@ -343,6 +376,7 @@ class _Conversion:
         report = None
         if corpus is not None:
             report = self._report()
+            self._compare_peak(report)
             write_report(report, folder, self.voice.console)
         if recipe.code:
             from hf_memory.hub.remote_code import export_remote_code
@@ -351,6 +385,13 @@ class _Conversion:
         write_recipe(folder, recipe.to_dict())
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
         write_card(folder, config=final.config, recipe=recipe.to_dict(), report=report, revision=revision)
+
+    def _compare_peak(self, report: dict[str, Any]) -> None:
+        used, expected = self.peak.measure(), self.expected
+        report["peak"] = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
+        report.setdefault("notes", []).append(
+            f"Peak of memory on {self.device}: {readable_size(used)} used, {readable_size(expected.total)} expected."
+        )
 
     def _report(self) -> dict[str, Any]:
         """Teacher, saved student and controls measured on the held-out blocks."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from tiny_conversion import CONTEXT, save_teacher, save_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 from typer.testing import CliRunner
 
 from hf_memory.cli import app
@@ -116,11 +116,12 @@ def test_a_wrong_input_is_one_sentence_and_leaves_nothing(teacher, text, tmp_pat
 
 
 def test_an_unsupported_family_is_refused_before_anything_is_loaded(text, tmp_path):
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 64}
-    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
-    (tmp_path / "gpt2" / "model.safetensors").unlink()
-    result = run(*flags(needed(tmp_path / "gpt2", text, tmp_path / "out")))
-    assert result.exit_code == 2 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    sizes = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained(tmp_path / "bloom")
+    (tmp_path / "bloom" / "model.safetensors").unlink()
+    result = run(*flags(needed(tmp_path / "bloom", text, tmp_path / "out")))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: BloomForCausalLM cannot be converted: its attention does not go through")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.converting").exists()
 
 
