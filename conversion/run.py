@@ -376,7 +376,6 @@ class _Conversion:
         report = None
         if corpus is not None:
             report = self._report()
-            self._compare_peak(report)
             write_report(report, folder, self.voice.console)
         if recipe.code:
             from hf_memory.hub.remote_code import export_remote_code
@@ -386,16 +385,15 @@ class _Conversion:
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
         write_card(folder, config=final.config, recipe=recipe.to_dict(), report=report, revision=revision)
 
-    def _compare_peak(self, report: dict[str, Any]) -> None:
+    def _report(self) -> dict[str, Any]:
+        """Teacher, saved student and controls measured on the held-out blocks, and the peak of memory."""
+        report = self.assessment.report(self._load_teacher(str(self.dtype).removeprefix("torch."), self.device))
         used, expected = self.peak.measure(), self.expected
         report["peak"] = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
         report.setdefault("notes", []).append(
             f"Peak of memory on {self.device}: {readable_size(used)} used, {readable_size(expected.total)} expected."
         )
-
-    def _report(self) -> dict[str, Any]:
-        """Teacher, saved student and controls measured on the held-out blocks."""
-        return self.assessment.report(self._load_teacher(str(self.dtype).removeprefix("torch."), self.device))
+        return report
 
 
 def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
