@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ import torch
 
 from hf_memory._cli.state_size import readable_size
 from hf_memory.conversion.stage_options import AlignStage, TrainingStage
-from hf_memory.conversion.surgery import decoder_layers, memory_parameters
+from hf_memory.conversion.surgery import decoder_layers, memory_parameters, new_parameters
 
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def stage_footprint(
         bits: That the teacher's linear layers are held in.
         streamed: Whether the teacher's layers lie on disk, all but the one at work.
     """
-    everything = options.trainable == "all"
-    trained = list((dict(student.named_parameters()) if everything else memory_parameters(student)).values())
+    reached = {"all": lambda model: dict(model.named_parameters()), "new": new_parameters, "memory": memory_parameters}
+    trained = list(reached[options.trainable](student).values())
     count = sum(value.numel() for value in trained)
     if options.lora_rank is not None:
         raised, count = 0, 0  # adapters are small beside all else
@@ -154,9 +154,11 @@ def expected_peak(
         device: Where training happens; on a CPU the same memory holds what is built and written.
         processes: That share each batch.
     """
-    found = [Footprint("evaluation", {"teacher": weights(teacher, recipe.teacher_bits), "student": weights(student)})]
+    waits = waiting(teacher) if recipe.stream else 0
+    kept = {"teacher": weights(teacher, recipe.teacher_bits) - waits, "student": weights(student)}
+    found = [Footprint("evaluation", kept)]
     if device.type == "cpu" or not recipe.training_stages:
-        found.append(Footprint("building", {"teacher": weights(teacher), "student": weights(student)}))
+        found.append(Footprint("building", kept | {"teacher": weights(teacher) - waits}))
     for label, options in recipe.training_stages.items():
         rows = math.ceil(recipe.batch_size_of(options) / options.accumulate / processes)
         tokens = rows * recipe.context_of(options)
@@ -182,15 +184,23 @@ class PeakMeter:
             pass
         self.base = _status("VmRSS") or _highest()
 
-    def measure(self) -> int:
-        """Bytes."""
+    def measure(self) -> int | None:
+        """Bytes; `None` where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) - self.base
-        return max(0, _highest() - self.base)
+        highest = _highest()
+        return None if highest is None else max(0, highest - self.base)
 
 
-def _highest() -> int:
-    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _highest() -> int | None:
+    if (highest := _status("VmHWM")) is not None:
+        return highest
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _status(name: str) -> int | None:

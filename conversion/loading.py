@@ -1,11 +1,14 @@
 """Teachers that are spread over devices, lie on disk in part, or are held in 8 or 4 bits."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_memory._cli.loading import load_model
@@ -71,6 +74,28 @@ def load_teacher(
             f"The teacher cannot be placed as `device_map` {device_map!r} and `teacher_bits` {bits!r} say: "
             f"{' '.join(str(error).split())}"
         ) from error
+
+
+@contextmanager
+def fetched(module: nn.Module) -> Iterator[None]:
+    """Inside the context, the weights of a module and its parts are there, wherever they lie otherwise."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            if has_offloaded_params(part):
+                stack.enter_context(align_module_device(part))
+        yield
+
+
+def values(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of a model's tensors as in `state_dict`; what lies on disk is read one tensor at a time."""
+    for name, value in model.state_dict().items():
+        if not value.is_meta:
+            yield name, value
+            continue
+        path, _, leaf = name.rpartition(".")
+        hook = getattr(model.get_submodule(path), "_hf_hook", None)
+        # Without a hook the whole model is one without values.
+        yield name, value if hook is None else hook.weights_map[leaf]
 
 
 def layers_on_disk(skeleton: PreTrainedModel, device: torch.device) -> dict[str, str]:

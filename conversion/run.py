@@ -256,16 +256,14 @@ class _Conversion:
         done = last_checkpoint(self.work, self.accelerator, list(stages))
         with together(self.accelerator):
             precision = str(self.dtype).removeprefix("torch.")
-            # What lies on disk or in a few bits gives no weights to inherit.
-            plain = self._load_plain(precision, "cpu" if self._is_placed else self.device)
-            identity = {"teacher": fingerprint(plain), "data": corpus.fingerprint if corpus is not None else ""}
+            teacher = self._load_teacher(precision, self.device)
+            # Weights in a few bits are nothing to inherit.
+            source = teacher if recipe.teacher_bits is None else self._load_plain(precision, torch.device("cpu"))
+            identity = {"teacher": fingerprint(source), "data": corpus.fingerprint if corpus is not None else ""}
             if done is not None:
                 self._check_unchanged(done, identity)
-            student = self._student_of(plain).requires_grad_(True).to(self.device)
-            teacher = plain
-            if self._is_placed:
-                del plain
-                teacher = self._load_teacher(precision, self.device)
+            student = self._student_of(source).requires_grad_(True).to(self.device)
+            del source
         check_equal(self.accelerator, "a teacher", identity["teacher"])
         check_equal(self.accelerator, "data", identity["data"])
         self._say_plan(student, corpus)
@@ -291,23 +289,24 @@ class _Conversion:
                 self.assessment.behind_stage(label, teacher, student)
         return {name: value.detach().cpu() for name, value in run.trained.items()}
 
-    @property
-    def _is_placed(self) -> bool:
-        return self.placement is not None or self.recipe.teacher_bits is not None
-
     def _load_teacher(self, dtype: str, device: torch.device) -> PreTrainedModel:
         """The teacher to read with, placed as the recipe says."""
-        if not self._is_placed:
-            return self._load_plain(dtype, device)
-        recipe = self.recipe
-        how = {"bits": recipe.teacher_bits, "device_map": self.placement, "offload": self.work.path / "offload"}
-        self.voice.say(f"Loading {recipe.teacher}")
-        origin = {"trust_remote_code": recipe.trust_remote_code, "revision": recipe.revision}
-        return load_teacher(recipe.teacher, device, dtype, **how, **origin)
+        return self._load(dtype, device, self.placement, self.recipe.teacher_bits)
 
-    def _load_plain(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
+    def _load(
+        self, dtype: str, device: torch.device, placement: str | dict[str, Any] | None, bits: int | None
+    ) -> PreTrainedModel:
         self.voice.say(f"Loading {self.recipe.teacher}")
-        return load_model(self.recipe.teacher, str(device), dtype, *self.origin).requires_grad_(False)
+        how = {"device_map": placement, "bits": bits, "offload": self.work.path / "offload"}
+        origin = dict(zip(("trust_remote_code", "revision"), self.origin))
+        return load_teacher(self.recipe.teacher, device, dtype, **how, **origin)
+
+    def _load_plain(self, dtype: str, device: torch.device) -> PreTrainedModel:
+        """The teacher as it is stored, with its layers on disk if it is streamed."""
+        placement = None
+        if self.recipe.stream:
+            placement = {name: "disk" if where == "disk" else str(device) for name, where in self.placement.items()}
+        return self._load(dtype, device, placement, None)
 
     def _check_unchanged(self, done: Checkpoint, identity: dict[str, str]) -> None:
         for name, value in identity.items():
@@ -346,7 +345,7 @@ class _Conversion:
 
     def _final_model(self, trained: dict[str, torch.Tensor]) -> PreTrainedModel:
         """The teacher's tensors as they are stored, with the surgery done again and the trained weights on top."""
-        final = self._student_of(self._load_plain("auto", "cpu"))
+        final = self._student_of(self._load_plain("auto", torch.device("cpu")))
         with torch.no_grad():
             for name, parameter in final.named_parameters():
                 if name in trained:
@@ -390,8 +389,9 @@ class _Conversion:
         report = self.assessment.report(self._load_teacher(str(self.dtype).removeprefix("torch."), self.device))
         used, expected = self.peak.measure(), self.expected
         report["peak"] = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
+        measured = "not known" if used is None else f"{readable_size(used)} used"
         report.setdefault("notes", []).append(
-            f"Peak of memory on {self.device}: {readable_size(used)} used, {readable_size(expected.total)} expected."
+            f"Peak of memory on {self.device}: {measured}, {readable_size(expected.total)} expected."
         )
         return report
 

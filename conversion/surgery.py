@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from hf_memory.conversion.loading import fetched, values
 from hf_memory.conversion.projections import Projections, read_projections
 from hf_memory.conversion.teachers import attention_of_layers, refuse_unsupported
 from hf_memory.layers import InitialMemory
@@ -49,7 +50,7 @@ def build_student(
     whole memory adds nothing.
 
     Args:
-        teacher: causal language model of transformers.
+        teacher: causal language model of transformers; a part of it may lie on disk.
         layers: indices of the layers that get a memory; none gives the teacher's function under another name.
         memory: model type of the memory's architecture.
         memory_options: fields of that architecture's configuration.
@@ -67,11 +68,6 @@ def build_student(
         known = [width for width in teacher_windows(teacher.config) if width is not None]
         window = min([DEFAULT_WINDOW, *known])
     refuse_unsupported(teacher)
-    if len({value.is_meta for value in teacher.parameters()}) > 1:
-        raise ValueError(
-            "A part of the teacher lies on disk: build the student from a teacher that is wholly in memory, loaded "
-            "without `device_map`."
-        )
     try:
         config = MemoryHybridConfig.from_teacher(
             teacher.config,
@@ -88,7 +84,10 @@ def build_student(
             f"Layer {bare[0]} has no self-attention that a memory could take over: choose among "
             f"{', '.join(map(str, attentions))}."
         )
-    projections = {index: read_projections(attentions[index], config) for index in config.memory_layers}
+    projections = {}
+    for index in config.memory_layers:
+        with fetched(attentions[index]):
+            projections[index] = read_projections(attentions[index], config)
 
     with torch.random.fork_rng():
         set_seed(seed)
@@ -130,13 +129,16 @@ def new_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    theirs, ours = teacher.state_dict(), student.state_dict()
-    for name in set(ours) - set(memory_parameters(student)):
-        if name not in theirs or theirs[name].shape != ours[name].shape:
-            raise ValueError(
-                f"{type(teacher).__name__} has no {name} to copy; hybrids of this model are not supported."
-            )
-        ours[name].copy_(theirs[name])
+    ours = student.state_dict()
+    wanted = set(ours) - set(memory_parameters(student))
+    for name, value in values(teacher):
+        if name in wanted and value.shape == ours[name].shape:
+            ours[name].copy_(value)
+            wanted.remove(name)
+    if wanted:
+        raise ValueError(
+            f"{type(teacher).__name__} has no {min(wanted)} to copy; hybrids of this model are not supported."
+        )
 
 
 @torch.no_grad()

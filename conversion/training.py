@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches
+from hf_memory.conversion.loading import values
 from hf_memory.conversion.not_finite import first_not_finite
 from hf_memory.conversion.processes import check_equal, from_main, gathered, together
 from hf_memory.conversion.progress import Interruption, Voice
@@ -357,10 +358,10 @@ def restore_moments(
             optimizer.state[parameters[name]][key] = value.to(place)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Of a model's weights: names, shapes, and up to 256 evenly spread elements of each."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in values(model):
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy()
         digest.update(f"{name} {tuple(value.shape)}".encode() + sample.tobytes())

@@ -15,6 +15,7 @@ from hf_memory.conversion.loading import layers_on_disk, load_teacher
 from hf_memory.conversion.recipe import ConversionError, read_recipe
 from hf_memory.conversion.run import convert
 from hf_memory.conversion.surgery import build_student, decoder_layers, memory_parameters
+from hf_memory.conversion.training import fingerprint
 
 
 CPU = torch.device("cpu")
@@ -117,10 +118,15 @@ def test_placements_that_do_not_fit_are_one_sentence(teacher, text, tmp_path):
         convert(tiny_recipe(teacher, text, tmp_path / "out", device_map={"": "abacus"}))
 
 
-def test_a_student_needs_weights_that_are_there(teacher):
+def test_a_streamed_teacher_gives_the_same_student(teacher):
     streamed = load_teacher(str(teacher), CPU, "float32", device_map=layers_on_disk(skeleton_of(teacher), CPU))
-    with pytest.raises(ValueError, match="lies on disk: build the student from a teacher that is wholly in memory"):
-        build_student(streamed, layers=[1])
+    plain = load_teacher(str(teacher), CPU, "float32")
+    assert fingerprint(streamed) == fingerprint(plain)
+    for mode in ("replace", "retrofit"):
+        given, expected = (build_student(model, layers=[1], mode=mode).state_dict() for model in (streamed, plain))
+        assert given.keys() == expected.keys()
+        assert all(torch.equal(value, given[name]) for name, value in expected.items())
+    assert all(p.is_meta for p in decoder_layers(streamed).parameters())
 
 
 def test_a_peak_is_measured_beyond_what_was_there():
