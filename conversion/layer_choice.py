@@ -164,10 +164,10 @@ class CachePlan:
         """Raise a sentence unless these layers are enough."""
         if not self.fits(layers):
             raise ConversionError(
-                f"`cache_budget` {readable_size(self.budget.bytes)} at {self.budget.tokens:,} tokens is not met by the "
-                f"layers {', '.join(map(str, layers)) or 'none'}, with which the cache takes "
-                f"{readable_size(self.total(layers))}: at least {self.needed()} layers have to be converted; choose more, "
-                "or let `layers: auto` choose."
+                f"`cache_budget` {readable_size(self.budget.bytes)} at {self.budget.tokens:,} tokens is not met by "
+                f"converting the layers {', '.join(map(str, layers)) or 'none'}: the cache then takes "
+                f"{readable_size(self.total(layers))}; convert at least {self.needed()} layers, or let `layers: auto` "
+                "choose them."
             )
 
 

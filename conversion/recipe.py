@@ -320,7 +320,7 @@ def _check_memory(recipe: Recipe, given: Mapping[str, Any]) -> None:
 
 
 def choose_stages(stages: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """The stages with one of the names or labels, in their own order; a name that none bears gets a stage of defaults."""
+    """The stages with one of the names or labels, in their own order; a name that none bears gets the defaults."""
     labels = _labels(stages)
     kept = [stage for stage, label in zip(stages, labels) if label in names or stage.get("name") in names]
     present = {*labels, *(str(stage.get("name")) for stage in stages)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,10 @@ from safetensors import SafetensorError
 
 from hf_memory._cli.loading import UserError, load_config, load_model, load_tokenizer, resolve_device
 from hf_memory._cli.state_size import build_without_weights
+from hf_memory.conversion.auto_layers import LABEL, SENSITIVITY, LayerSearch, publish_choices
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
+from hf_memory.conversion.layer_choice import is_auto, parse_budget, plan_cache
 from hf_memory.conversion.progress import Voice
 from hf_memory.conversion.recipe import ConversionError, Recipe
 from hf_memory.conversion.stage_options import DistillStage
@@ -80,9 +83,9 @@ class _Conversion:
         self.work, self.voice = work, Voice()
         self.origin = (recipe.trust_remote_code, recipe.revision)
         self.config = self._teacher_config(recipe)
-        count = self.config.get_text_config(decoder=True).num_hidden_layers
+        numbers = recipe.layer_numbers(self._num_layers)
         # Numbers instead of words, so that the same layers under another name are the same recipe.
-        self.recipe = replace(recipe, layers=recipe.layer_numbers(count))
+        self.recipe = recipe if is_auto(recipe.layers) else replace(recipe, layers=numbers)
         self.device = resolve_device(recipe.device)
         self.dtype = _compute_dtype(recipe, self.device)
 
@@ -118,13 +121,41 @@ class _Conversion:
     def _check_surgery(self) -> None:
         """The whole surgery on tensors without memory, before anything large is loaded."""
         with torch.device("meta"):
-            self._student_of(build_without_weights(self.config, torch.float32))
+            skeleton = build_without_weights(self.config, torch.float32)
+            self._student_of(skeleton)
+            self.cache_plan = None
+            if self.recipe.cache_budget is not None:
+                everywhere = self._student_of(skeleton, range(self._num_layers)).config
+                budget = parse_budget(self.recipe.cache_budget)
+                self.cache_plan = plan_cache(budget, self.config, everywhere, self._saved_dtype())
+        if self.cache_plan is not None and not self._searches:
+            self.cache_plan.check(self._layers)
+        elif self.cache_plan is not None:
+            self.cache_plan.needed()
 
-    def _student_of(self, teacher: PreTrainedModel) -> PreTrainedModel:
+    @property
+    def _num_layers(self) -> int:
+        return self.config.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def _layers(self) -> list[int]:
+        """The layers to convert; all, as long as they are not found yet."""
+        return self.recipe.layer_numbers(self._num_layers)
+
+    @property
+    def _searches(self) -> bool:
+        return is_auto(self.recipe.layers) and self.recipe.chosen_layers is None
+
+    def _saved_dtype(self) -> torch.dtype:
+        if self.recipe.save_dtype != "teacher":
+            return getattr(torch, self.recipe.save_dtype)
+        return self.config.get_text_config(decoder=True).dtype or torch.float32
+
+    def _student_of(self, teacher: PreTrainedModel, layers: Sequence[int] | None = None) -> PreTrainedModel:
         recipe = self.recipe
         return build_student(
             teacher,
-            layers=recipe.layers,
+            layers=self._layers if layers is None else layers,
             memory=recipe.memory,
             memory_options=recipe.memory_options,
             mode=recipe.mode,
@@ -147,22 +178,23 @@ class _Conversion:
     def _train(self, corpus: Corpus | None) -> dict[str, torch.Tensor]:
         """The weights that are no longer those of the start behind all stages, by name, on the CPU."""
         recipe, stages = self.recipe, self.recipe.training_stages
-        labels = list(stages)
+        labels = [*([LABEL] if self._searches else []), *stages]
         done = self.work.latest(labels)
         teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
         identity = {"teacher": fingerprint(teacher), "data": corpus.fingerprint if corpus is not None else ""}
         if done is not None:
             self._check_unchanged(done, identity)
-        student = self._student_of(teacher).requires_grad_(True)
-        self._say_plan(student, corpus)
-        if not stages:
-            return {}
         accelerator = make_accelerator(self.device, self.dtype)
+        student = self._student_of(teacher).requires_grad_(True)
         run = Run(self.work, recipe.checkpoint_seconds, self.voice, accelerator, student, labels, identity)
         self.work.log().rewind(labels, done)
         if done is not None:
             self.voice.say(f"Continuing from the checkpoint {done.stage}-{done.step:06}.")
-        behind = -1 if done is None else labels.index(done.stage)
+        if self._searches:
+            self._choose_layers(run, teacher, corpus, done)
+            student = run.student
+        self._say_plan(student, corpus)
+        behind = -1 if done is None or done.stage == LABEL else list(stages).index(done.stage)
         for number, (label, options) in enumerate(stages.items()):
             stage, steps = make_stage(options, teacher, student), recipe.steps_of(options)
             if number < behind or number == behind and done.step >= steps:
@@ -175,6 +207,16 @@ class _Conversion:
             batches = Batches(corpus.train, context, size, (recipe.seed, number))
             train_stage(run, label, stage, batches, steps, done if number == behind else None)
         return {name: value.detach().cpu() for name, value in run.trained.items()}
+
+    def _choose_layers(self, run: Run, teacher: PreTrainedModel, corpus: Corpus, done: Checkpoint | None) -> None:
+        """Put a student with memories in the layers that cost least into a run; its memories start aligned."""
+        chosen, tensors = LayerSearch(run, self.recipe, teacher, corpus, self.cache_plan).choose(done)
+        self.recipe = replace(self.recipe, chosen_layers=chosen)
+        run.student = self._student_of(teacher).requires_grad_(True)
+        run.trained = memory_parameters(run.student)
+        as_masters(run.trained)
+        if tensors:
+            load_tensors(run.trained, tensors)
 
     def _load_teacher(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
         self.voice.say(f"Loading {self.recipe.teacher}")
@@ -195,7 +237,7 @@ class _Conversion:
 
     def _say_plan(self, student: PreTrainedModel, corpus: Corpus | None) -> None:
         recipe, say = self.recipe, self.voice.say
-        layers = ", ".join(map(str, recipe.layers)) or "none"
+        layers = ", ".join(map(str, self._layers)) or "none"
         how = {"replace": "in place of attention", "retrofit": "beside attention over a window"}[recipe.mode]
         say(f"Teacher {recipe.teacher}: {self.config.model_type}, {student.config.num_hidden_layers} layers")
         say(f"Layers that get a {recipe.memory} memory {how}: {layers}")
@@ -243,6 +285,7 @@ class _Conversion:
             from hf_memory.hub.remote_code import export_remote_code
 
             export_remote_code(final, folder)
+        publish_choices(self.work.path / SENSITIVITY, folder, f"{Path(recipe.teacher).name}: {recipe.layers}")
         write_recipe(folder, recipe.to_dict())
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
         write_card(folder, config=final.config, recipe=recipe.to_dict(), report=report, revision=revision)
@@ -270,8 +313,8 @@ class _Conversion:
         return {
             "title": f"{Path(recipe.teacher).name} with {recipe.memory} memory",
             "converted": {
-                "layers": recipe.layers,
-                "of": self.config.get_text_config(decoder=True).num_hidden_layers,
+                "layers": self._layers,
+                "of": self._num_layers,
                 "memory": recipe.memory,
                 "mode": recipe.mode,
             },
@@ -292,7 +335,11 @@ def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The losses of the log by stage, as a report draws them."""
-    units = {"align": "share of the blocks' updates, summed over layers", "distill": "nats per token"}
+    units = {
+        LABEL: "as align, of all layers",
+        "align": "share of the blocks' updates, summed over layers",
+        "distill": "nats per token",
+    }
     found = []
     for label in dict.fromkeys(line["stage"] for line in log):
         lines = [line for line in log if line["stage"] == label]
