@@ -1,0 +1,72 @@
+"""The command `hf-memory recipes`: what recipes come with the package, and what is in one of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_memory.conversion.recipe import read_recipe
+from hf_memory.conversion.recipe_file import find_recipe, shipped_recipes
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print this recipe, with what its comments say of it.")
+    ] = None,
+) -> None:
+    """List the recipes that come with the package, or print one as YAML."""
+    if name is not None:
+        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        return
+    table = Table("recipe", "stages and what they train", "tokens", "source", title="Recipes", show_lines=True)
+    table.columns[2].justify = "right"
+    for name, file in shipped_recipes().items():
+        # A recipe of the package says nothing about models and text; it is read as if somebody had.
+        recipe = read_recipe(file, {"teacher": "teacher", "data": "data", "output": "output"})
+        stages = recipe.training_stages
+        lines = [f"{label}: {trains(stage)}" for label, stage in stages.items()]
+        budgets = [readable_count(stage.tokens) for stage in stages.values()]
+        total = readable_count(sum(stage.tokens for stage in stages.values()))
+        if len(budgets) > 1:
+            budgets.append(f"= {total}")
+        table.add_row(f"[bold]{name}[/]", "\n".join(lines), "\n".join(budgets), head(file)["Source"])
+    Console().print(table)
+    typer.echo(
+        "hf-memory recipes NAME prints one; hf-memory convert --recipe NAME uses it, --scale 0.01 tries it small."
+    )
+
+
+def head(file: Path) -> dict[str, str]:
+    """The entries `# Key: text` in the comment at the beginning of a recipe; a text may go on in further lines."""
+    entries: dict[str, str] = {}
+    key = ""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.removeprefix("#").strip()
+        word, colon, rest = text.partition(": ")
+        if colon and word.isalpha() and word.istitle():
+            key, text = word, rest
+        if key:
+            entries[key] = f"{entries.get(key, '')} {text}".strip()
+    return entries
+
+
+def trains(stage: Any) -> str:
+    """What a stage trains towards what, in a few words."""
+    return getattr(stage, "trainable", "memory")
+
+
+def readable_count(count: int) -> str:
+    """`"2.76B"` tokens."""
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
+
+
+__all__ = ["recipes"]
