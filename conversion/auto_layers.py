@@ -42,9 +42,13 @@ _NUMBER = 2**31
 
 
 def alignment(recipe: Recipe) -> AlignStage:
-    """The stage that aligns all layers: the recipe's first alignment, of whole memories to whole blocks."""
-    first = next((stage for stage in recipe.stages if isinstance(stage, AlignStage)), AlignStage())
-    return replace(first, tokens=recipe.auto_tokens or first.tokens)
+    """The stage that aligns all layers: as the recipe's first alignment, but of whole memories to whole blocks."""
+    aligning = [stage for stage in recipe.stages if isinstance(stage, AlignStage)]
+    # Matrices are oriented with blocks and rates of their own; outputs are what is measured.
+    first = next((stage for stage in aligning if stage.target != "matrix"), AlignStage())
+    whole = {"target": "block", "stream": "teacher", "trainable": "memory", "stop_below": None}
+    adapters = {"lora_rank": None, "lora_targets": None, "lora_merge": True}
+    return replace(first, tokens=recipe.auto_tokens or first.tokens, **whole, **adapters)
 
 
 class LayerSearch:
@@ -100,7 +104,7 @@ class LayerSearch:
             load_tensors(parameters, done.tensors)
             return
         run.voice.say(f"To find the layers that cost the least, all are aligned first: {options.tokens:,} tokens")
-        stage = make_stage(options, self.teacher, run.student)
+        stage = make_stage(options, self.teacher, run.student, recipe.seed)
         batches = Batches(
             self.corpus.train, recipe.context_of(options), recipe.batch_size_of(options), (recipe.seed, _NUMBER)
         )

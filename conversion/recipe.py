@@ -31,7 +31,15 @@ from hf_memory.conversion.schema import (
     plain,
     unknown_key,
 )
-from hf_memory.conversion.stage_options import STAGES, Stage, TrainingStage, build_stage, default_stages
+from hf_memory.conversion.stage_options import (
+    REPLACED_ONLY,
+    STAGES,
+    AlignStage,
+    Stage,
+    TrainingStage,
+    build_stage,
+    default_stages,
+)
 from hf_memory.models import ARCHITECTURES
 
 
@@ -100,7 +108,7 @@ class Recipe:
     device: str = option(
         "auto", "auto, cpu, cuda, cuda:1, ...", bool, '"cpu", "cuda", ...; "auto" takes a GPU if there is one.'
     )
-    stages: list[Stage] = option(default_stages(), "a list of init, align and distill")
+    stages: list[Stage] = option(default_stages(), f"a list of {', '.join(STAGES)}")
     checkpoint_seconds: float | int = not_negative(300, "Time between two checkpoints.")
     code: bool = option(True, "true or false")
 
@@ -146,6 +154,17 @@ class Recipe:
             raise ValueError(f"`stages` must begin with init and name it once, got {names}")
         if self.data is None and self.training_stages:
             raise ValueError("`data` is missing: name a text file, a folder or a dataset, or stop with the stage init")
+        if not all(stage.lora_merge for stage in [*self.training_stages.values()][:-1]):
+            raise ValueError("`lora_merge` false keeps adapters beside the weights: only the last stage can do that")
+
+    def validate_targets(self) -> None:
+        """Part of `@strict`-powered validation: what is compared exists."""
+        for stage in self.stages:
+            if self.mode == "retrofit" and isinstance(stage, AlignStage) and stage.target in REPLACED_ONLY:
+                raise ValueError(
+                    f"`target` {stage.target} compares a memory with the attention in whose place it stands, and mode "
+                    "retrofit keeps that: align with `target` mixer or block"
+                )
 
     @property
     def training_stages(self) -> dict[str, TrainingStage]:
@@ -158,7 +177,7 @@ class Recipe:
         return labelled
 
     def context_of(self, stage: TrainingStage) -> int:
-        return stage.context or self.context
+        return stage.context_in(self.context)
 
     def batch_size_of(self, stage: TrainingStage) -> int:
         return stage.batch_size or self.batch_size

@@ -24,7 +24,7 @@ import typer
 from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stdlib_text import END, byte_tokenizer, fingerprint, read, source_files
+from stdlib_text import END, TABLES, byte_tokenizer, fingerprint, read, source_files
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -37,8 +37,6 @@ DECAY_FROM = 0.65
 MATRIX_LR = 0.02
 OTHER_LR = 3e-3
 CHECKPOINT_SECONDS = 300
-# Tables of character sets: a tenth of the library, and nothing to learn from.
-TABLES = "encodings"
 
 
 def teacher_config() -> LlamaConfig:
