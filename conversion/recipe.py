@@ -323,10 +323,10 @@ def _check_memory(recipe: Recipe, given: Mapping[str, Any]) -> None:
     from hf_memory.configuration import MemoryConfig
 
     config_class = ARCHITECTURES[recipe.memory].load("config")
-    shared = set(MemoryConfig.__dataclass_fields__)
-    if any(name not in config_class.__dataclass_fields__ for name in given):
-        own = [name for name in config_class.__dataclass_fields__ if name not in shared]
-        raise unknown_key({k: v for k, v in given.items() if k not in shared}, own, "memory_options.")
+    shared = MemoryConfig.__dataclass_fields__
+    own = [name for name in config_class.__dataclass_fields__ if name not in shared]
+    if (unknown := unknown_key(given, own, "memory_options.", shared)) is not None:
+        raise unknown
     for name, value in given.items():
         try:
             for validator in config_class.__validators__.get(name, ()):

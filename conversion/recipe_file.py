@@ -84,7 +84,9 @@ class _Reader:
     def mapping(self, node: yaml.MappingNode) -> FileMapping:
         lines: dict[Any, int] = {}
         for key_node, _ in node.value:
-            # Keys that `<<` brings in may stand here again; that is what it is for.
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                # What `<<` brings in may stand here again; that is what it is for.
+                continue
             key, line = self.key(key_node), key_node.start_mark.line + 1
             if key in lines:
                 raise ConversionError(f"{self.name}, line {line}: `{key}` is given on line {lines[key]} already.")

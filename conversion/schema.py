@@ -64,9 +64,11 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f", did you mean `{found[0]}`?" if found else ""
 
 
-def unknown_key(values: Mapping[str, Any], known: Collection[str], where: str = "") -> ConversionError | None:
-    """A sentence about the first key that is not known; `None` when all are."""
-    key = next((str(key) for key in values if key not in known), None)
+def unknown_key(
+    values: Mapping[str, Any], known: Collection[str], where: str = "", unnamed: Collection[str] = ()
+) -> ConversionError | None:
+    """A sentence about the first key that is not known; `None` when all are. It names those known but `unnamed`."""
+    key = next((str(key) for key in values if key not in known and key not in unnamed), None)
     if key is None:
         return None
     hint = nearest(key, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hf_memory.conversion.recipe import read_recipe
 from hf_memory.conversion.recipe_file import find_recipe, shipped_recipes
+from hf_memory.conversion.stage_options import AlignStage, DistillStage, TrainingStage
 
 
 def recipes(
@@ -22,18 +23,19 @@ def recipes(
     if name is not None:
         typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
         return
-    table = Table("recipe", "stages and what they train", "tokens", "source", title="Recipes", show_lines=True)
-    table.columns[2].justify = "right"
+    table = Table("recipe", "layers", "stages", "tokens", "source", title="Recipes", show_lines=True)
+    table.columns[3].justify = "right"
     for name, file in shipped_recipes().items():
         # A recipe of the package says nothing about models and text; it is read as if somebody had.
         recipe = read_recipe(file, {"teacher": "teacher", "data": "data", "output": "output"})
         stages = recipe.training_stages
-        lines = [f"{label}: {trains(stage)}" for label, stage in stages.items()]
+        lines = [f"{label}: {aim(stage)}" for label, stage in stages.items()]
         budgets = [readable_count(stage.tokens) for stage in stages.values()]
         total = readable_count(sum(stage.tokens for stage in stages.values()))
         if len(budgets) > 1:
             budgets.append(f"= {total}")
-        table.add_row(f"[bold]{name}[/]", "\n".join(lines), "\n".join(budgets), head(file)["Source"])
+        layers = f"{recipe.layers}\n{recipe.mode}"
+        table.add_row(f"[bold]{name}[/]", layers, "\n".join(lines), "\n".join(budgets), head(file)["Source"])
     Console().print(table)
     typer.echo(
         "hf-memory recipes NAME prints one; hf-memory convert --recipe NAME uses it, --scale 0.01 tries it small."
@@ -56,9 +58,18 @@ def head(file: Path) -> dict[str, str]:
     return entries
 
 
-def trains(stage: Any) -> str:
-    """What a stage trains towards what, in a few words."""
-    return getattr(stage, "trainable", "memory")
+def aim(stage: TrainingStage) -> str:
+    """What a stage compares, and what it trains, in a few words."""
+    if isinstance(stage, AlignStage):
+        compared = f"{stage.target} outputs" if stage.target != "matrix" else "matrices"
+    elif isinstance(stage, DistillStage):
+        weights = {"cross entropy": stage.ce_weight, "KL": stage.kl_weight}
+        parts = [("" if weight == 1 else f"{weight:g} ") + name for name, weight in weights.items() if weight]
+        compared = " + ".join(parts)
+    else:
+        compared = "the student's own text"
+    trained = f"LoRA {stage.lora_rank}" if stage.lora_rank is not None else stage.trainable
+    return f"{compared}; trains {trained}"
 
 
 def readable_count(count: int) -> str:
