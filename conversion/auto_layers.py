@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +121,7 @@ class LayerSearch:
         )
         passes = len(parts_of(blocks, self.teacher, run.accelerator))
         count = itertools.count(made * passes + 1)
-        with run.voice.progress("choosing layers, in forward passes", total * passes, made * passes) as bar:
+        with self._interruptible(), run.voice.progress("choosing layers", total * passes, made * passes) as bar:
             choices = search_layers(
                 self.teacher,
                 run.student,
@@ -135,6 +136,16 @@ class LayerSearch:
         if choices:
             run.voice.console.print(sensitivity_table(choices))
         return choices
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """What was chosen is on disk after every choice: there is nothing to wait for."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            count = len(read_choices(self.file))
+            self.run.voice.say(f"Stopped with {count} of {self.wanted} layers chosen; the same command continues.")
+            raise
 
     def _keep(self, choices: list[Choice], tokens: int) -> None:
         if self.run.accelerator.is_main_process:

@@ -29,13 +29,10 @@ def recipes(
         # A recipe of the package says nothing about models and text; it is read as if somebody had.
         recipe = read_recipe(file, {"teacher": "teacher", "data": "data", "output": "output"})
         stages = recipe.training_stages
-        lines = [f"{label}: {aim(stage)}" for label, stage in stages.items()]
-        budgets = [readable_count(stage.tokens) for stage in stages.values()]
+        lines = [f"{label}, {readable_count(stage.tokens)}: {aim(stage)}" for label, stage in stages.items()]
         total = readable_count(sum(stage.tokens for stage in stages.values()))
-        if len(budgets) > 1:
-            budgets.append(f"= {total}")
         layers = f"{recipe.layers}\n{recipe.mode}"
-        table.add_row(f"[bold]{name}[/]", layers, "\n".join(lines), "\n".join(budgets), head(file)["Source"])
+        table.add_row(f"[bold]{name}[/]", layers, "\n".join(lines), total, head(file)["Source"])
     Console().print(table)
     typer.echo(
         "hf-memory recipes NAME prints one; hf-memory convert --recipe NAME uses it, --scale 0.01 tries it small."
@@ -61,7 +58,7 @@ def head(file: Path) -> dict[str, str]:
 def aim(stage: TrainingStage) -> str:
     """What a stage compares, and what it trains, in a few words."""
     if isinstance(stage, AlignStage):
-        compared = f"{stage.target} outputs" if stage.target != "matrix" else "matrices"
+        compared = {"heads": "head outputs", "matrix": "matrices"}.get(stage.target, f"{stage.target} outputs")
     elif isinstance(stage, DistillStage):
         weights = {"cross entropy": stage.ce_weight, "KL": stage.kl_weight}
         parts = [("" if weight == 1 else f"{weight:g} ") + name for name, weight in weights.items() if weight]
