@@ -25,7 +25,7 @@ from hf_memory.conversion.sensitivity import (
 from hf_memory.conversion.stage_options import AlignStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import memory_parameters
-from hf_memory.conversion.training import Run, as_masters, load_tensors, train_stage
+from hf_memory.conversion.training import Run, train_stage
 
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class LayerSearch:
                     f"{str(self.file)!r} is missing or incomplete, and a later stage has begun: pass --restart "
                     "(restart=True) to begin anew."
                 )
+            self.run.steps_behind += self.recipe.steps_of(alignment(self.recipe))
             return sorted(choice.layer for choice in choices), {}
         self._align(done)
         choices = self._search(choices)
@@ -99,17 +100,13 @@ class LayerSearch:
 
     def _align(self, done: Checkpoint | None) -> None:
         run, recipe, options = self.run, self.recipe, alignment(self.recipe)
-        steps, parameters = recipe.steps_of(options), memory_parameters(run.student)
-        if done is not None and done.step >= steps:
-            as_masters(parameters)
-            load_tensors(parameters, done.tensors)
-            return
-        run.voice.say(f"To find the layers that cost the least, all are aligned first: {options.tokens:,} tokens")
+        if done is None or not done.ended:
+            run.voice.say(f"To find the layers that cost the least, all are aligned first: {options.tokens:,} tokens")
         stage = make_stage(options, self.teacher, run.student, recipe.seed)
         batches = Batches(
             self.corpus.train, recipe.context_of(options), recipe.batch_size_of(options), (recipe.seed, _NUMBER)
         )
-        train_stage(run, LABEL, stage, batches, steps, done)
+        train_stage(run, LABEL, stage, batches, recipe.steps_of(options), done)
 
     def _search(self, known: Sequence[Choice]) -> Sequence[Choice]:
         run, recipe = self.run, self.recipe

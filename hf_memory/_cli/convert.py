@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, get_args
 import typer
 from rich.console import Console
 
-from hf_memory.conversion.recipe import Recipe, read_recipe, split_assignment
+from hf_memory.conversion.recipe import ConversionError, Recipe, read_recipe, split_assignment
 
 
 # Flags that are no field of the recipe, or another form of one.
@@ -30,8 +30,20 @@ _PANELS = {
     "Model": ("teacher", "output", "revision", "trust_remote_code", "device_map", "teacher_bits", "stream"),
     "Layers": ("layers", "cache_budget", "auto_tokens", "auto_blocks", "mode", "window"),
     "Memory": ("memory", "memory_option"),
-    "Data": ("data", "data_config", "text_column", "held_out", "context", "batch_size"),
-    "Training": ("recipe", "scale", "stages", "tokens", "lr", "set", "seed", "dtype", "device", "checkpoint_seconds"),
+    "Data": ("data", "sampled_tokens", "data_config", "text_column", "held_out", "context", "batch_size"),
+    "Training": (
+        "recipe",
+        "scale",
+        "stages",
+        "tokens",
+        "lr",
+        "set",
+        "seed",
+        "dtype",
+        "device",
+        "checkpoint_seconds",
+        "report_to",
+    ),
     "Evaluation": ("held_out_blocks", "require", "evaluate_stages", "controls"),
     "Output": ("save_dtype", "no_code", "restart", "print_recipe"),
 }
@@ -131,6 +143,7 @@ def run(given: dict[str, Any]) -> None:
 
     from huggingface_hub.utils import logging as hub_logging
 
+    from hf_memory.conversion.processes import is_main_process
     from hf_memory.conversion.report import rich_table
     from hf_memory.conversion.run import convert, read_report
     from hf_memory.evaluation.properties_subject import quiet
@@ -138,7 +151,15 @@ def run(given: dict[str, Any]) -> None:
     # What the Hub's client would warn of, such as a network that is not there, ends in a sentence of ours.
     hub_logging.set_verbosity_error()
     with quiet():
-        folder = convert(recipe, restart=own["restart"])
+        try:
+            folder = convert(recipe, restart=own["restart"])
+        except ConversionError:
+            # Several processes fail together; one says why.
+            if not is_main_process():
+                raise typer.Exit(2) from None
+            raise
+    if not is_main_process():
+        return
     report = read_report(folder)
     if report is not None:
         Console().print(rich_table(report))

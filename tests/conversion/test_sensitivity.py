@@ -12,6 +12,7 @@ from tiny_conversion import save_teacher, save_text, tiny_recipe, weights
 from transformers import AutoModelForCausalLM
 
 from hf_memory.conversion import auto_layers, run
+from hf_memory.conversion.processes import make_accelerator
 from hf_memory.conversion.recipe import ConversionError, read_recipe
 from hf_memory.conversion.run import convert
 from hf_memory.conversion.sensitivity import (
@@ -24,7 +25,6 @@ from hf_memory.conversion.sensitivity import (
     write_choices,
 )
 from hf_memory.conversion.surgery import build_student, memory_parameters
-from hf_memory.conversion.training import make_accelerator
 
 
 LAYERS = 4
