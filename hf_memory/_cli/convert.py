@@ -44,7 +44,10 @@ _PANELS = {
         "checkpoint_seconds",
         "report_to",
     ),
-    "Evaluation": ("held_out_blocks", "require", "evaluate_stages", "controls"),
+    "Evaluation": (
+        *("held_out_blocks", "require", "evaluate_stages", "no_stage_evaluation"),
+        *("controls", "continued_lr", "recall_samples"),
+    ),
     "Output": ("save_dtype", "no_code", "restart", "print_recipe"),
 }
 EPILOG = """Half of the layers of a small model, on a text of yours:
