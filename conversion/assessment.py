@@ -45,7 +45,7 @@ class Assessment:
     """The measurements of one conversion.
 
     Args:
-        recipe: With `layers` as numbers.
+        recipe: What to do.
         work: Its folder. What is measured behind a stage is kept there, as is the teacher that is trained on.
         voice: Where to speak.
         accelerator: Processes and precision. The main process alone measures; all of them train the control.
@@ -168,19 +168,23 @@ class Assessment:
             with tracked(self.accelerator, f"{self.work.output.name}-{CONTROL}", asdict(self._control_options)):
                 train_stage(run, CONTROL, stage, chain, len(chain), done)
 
-    def report(self, teacher: PreTrainedModel) -> dict[str, Any]:
+    def report(
+        self, teacher: PreTrainedModel, layers: list[int], stages: Mapping[str, TrainingStage]
+    ) -> dict[str, Any]:
         """Teacher, saved student and controls measured on the held-out blocks.
 
         Args:
             teacher: On the device, in the dtype to compute in.
+            layers: That were converted.
+            stages: All that left losses in the log, by their labels.
         """
         recipe, precision = self.recipe, str(self.dtype).removeprefix("torch.")
         blocks = self.corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
         models: dict[str, PreTrainedModel | MemoryOff] = {TEACHER: teacher}
         saved = str(self.work.model)
         models[STUDENT] = load_adapters(load_model(saved, str(self.device), precision), self.work.model)
-        controls, logged = {}, curves(self.work.log().read(), recipe.training_stages)
-        if recipe.layers:
+        controls, logged = {}, curves(self.work.log().read(), stages)
+        if layers:
             controls["off"], models[OFF] = OFF, MemoryOff(models[STUDENT])
         if "continued" in recipe.controls and recipe.training_stages:
             controls["continued"], models[CONTINUED] = CONTINUED, self._load_control(precision)
@@ -204,7 +208,7 @@ class Assessment:
         report = {
             "title": f"{Path(recipe.teacher).name} with {recipe.memory} memory",
             "converted": {
-                "layers": recipe.layers,
+                "layers": layers,
                 "of": teacher.config.get_text_config(decoder=True).num_hidden_layers,
                 "memory": recipe.memory,
                 "mode": recipe.mode,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from hf_memory._cli.loading import UserError, load_config, load_model, load_toke
 from hf_memory._cli.state_size import build_without_weights, readable_size
 from hf_memory.conversion.adapters import save_adapters
 from hf_memory.conversion.assessment import Assessment
+from hf_memory.conversion.auto_layers import LABEL, SENSITIVITY, LayerSearch, alignment, publish_choices
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, load_corpus
 from hf_memory.conversion.footprint import PeakMeter, expected_peak
+from hf_memory.conversion.layer_choice import is_auto, parse_budget, plan_cache
 from hf_memory.conversion.loading import check_bits, layers_on_disk, load_teacher
 from hf_memory.conversion.processes import (
     check_equal,
@@ -34,9 +37,18 @@ from hf_memory.conversion.processes import (
 from hf_memory.conversion.progress import Voice, sigterm_like_ctrl_c
 from hf_memory.conversion.recipe import ConversionError, Recipe
 from hf_memory.conversion.sampling import SampledText, is_teacher, sampled_size
+from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
-from hf_memory.conversion.training import Run, fingerprint, last_checkpoint, seed_of, train_stage
+from hf_memory.conversion.training import (
+    Run,
+    as_masters,
+    fingerprint,
+    last_checkpoint,
+    load_tensors,
+    seed_of,
+    train_stage,
+)
 
 
 if TYPE_CHECKING:
@@ -111,9 +123,9 @@ class _Conversion:
         self.voice = Voice(silent=not accelerator.is_main_process)
         self.origin = (recipe.trust_remote_code, recipe.revision)
         self.config = self._teacher_config(recipe)
-        count = self.config.get_text_config(decoder=True).num_hidden_layers
+        numbers = recipe.layer_numbers(self._num_layers)
         # Numbers instead of words, so that the same layers under another name are the same recipe.
-        self.recipe = replace(recipe, layers=recipe.layer_numbers(count))
+        self.recipe = recipe if is_auto(recipe.layers) else replace(recipe, layers=numbers)
         self.device = place_of(accelerator, resolve_device(recipe.device))
         self.placement = recipe.device_map
         self.dtype = _compute_dtype(recipe, self.device)
@@ -144,7 +156,7 @@ class _Conversion:
         # Teacher and student of the training are gone by the time the model is built again.
         trained = self._train(corpus)
         if "continued" in self.recipe.controls:
-            self.assessment.train_control(self._load_plain(str(self.dtype).removeprefix("torch."), self.device))
+            self.assessment.train_control(self._load(self._precision, self.device, None, None))
         with together(self.accelerator):
             if main:
                 self._write(trained, tokenizer, corpus)
@@ -152,7 +164,7 @@ class _Conversion:
 
     def _check_shares(self) -> None:
         count = self.accelerator.num_processes
-        for label, stage in self.recipe.training_stages.items():
+        for label, stage in self._all_stages.items():
             size = self.recipe.batch_size_of(stage)
             if size % count:
                 raise ConversionError(
@@ -197,16 +209,53 @@ class _Conversion:
         with torch.device("meta"):
             skeleton = build_without_weights(self.config, self.dtype)
             student = self._student_of(skeleton)
+            self.cache_plan = None
+            if self.recipe.cache_budget is not None:
+                everywhere = self._student_of(skeleton, range(self._num_layers)).config
+                budget = parse_budget(self.recipe.cache_budget)
+                self.cache_plan = plan_cache(budget, self.config, everywhere, self._saved_dtype())
         if self.recipe.stream:
             self.placement = layers_on_disk(skeleton, self.device)
         parts = (self.recipe, skeleton, student, self.device, self.accelerator.num_processes)
         self.expected = expected_peak(*parts)
+        if self.cache_plan is not None and not self._searches:
+            self.cache_plan.check(self._layers)
+        elif self.cache_plan is not None:
+            self.cache_plan.needed()
 
-    def _student_of(self, teacher: PreTrainedModel) -> PreTrainedModel:
+    @property
+    def _precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def _num_layers(self) -> int:
+        return self.config.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def _layers(self) -> list[int]:
+        """The layers to convert; all, as long as they are not found yet."""
+        return self.recipe.layer_numbers(self._num_layers)
+
+    @property
+    def _searches(self) -> bool:
+        return is_auto(self.recipe.layers) and self.recipe.chosen_layers is None
+
+    @property
+    def _all_stages(self) -> dict[str, TrainingStage]:
+        """The stages that train, with the alignment of all layers in front when layers are to be found."""
+        searched = {LABEL: alignment(self.recipe)} if self._searches else {}
+        return searched | self.recipe.training_stages
+
+    def _saved_dtype(self) -> torch.dtype:
+        if self.recipe.save_dtype != "teacher":
+            return getattr(torch, self.recipe.save_dtype)
+        return self.config.get_text_config(decoder=True).dtype or torch.float32
+
+    def _student_of(self, teacher: PreTrainedModel, layers: Sequence[int] | None = None) -> PreTrainedModel:
         recipe = self.recipe
         return build_student(
             teacher,
-            layers=recipe.layers,
+            layers=self._layers if layers is None else layers,
             memory=recipe.memory,
             memory_options=recipe.memory_options,
             mode=recipe.mode,
@@ -238,7 +287,7 @@ class _Conversion:
         if not text.missing:
             return
         tokenizer = load_tokenizer(self.recipe.teacher, *self.origin)
-        teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
+        teacher = self._load_teacher(self._precision, self.device)
         if tokenizer.bos_token_id is None:
             self.voice.say("The teacher has no token to begin a text with: each begins with a random one.")
         what = "sampling from the teacher, in tokens"
@@ -253,9 +302,10 @@ class _Conversion:
         from hf_memory.conversion.card import without_paths
 
         recipe, stages = self.recipe, self.recipe.training_stages
-        done = last_checkpoint(self.work, self.accelerator, list(stages))
+        labels = list(self._all_stages)
+        done = last_checkpoint(self.work, self.accelerator, labels)
         with together(self.accelerator):
-            precision = str(self.dtype).removeprefix("torch.")
+            precision = self._precision
             teacher = self._load_teacher(precision, self.device)
             # Weights in a few bits are nothing to inherit.
             source = teacher if recipe.teacher_bits is None else self._load_plain(precision, torch.device("cpu"))
@@ -266,18 +316,20 @@ class _Conversion:
             del source
         check_equal(self.accelerator, "a teacher", identity["teacher"])
         check_equal(self.accelerator, "data", identity["data"])
-        self._say_plan(student, corpus)
-        if not stages:
-            return {}
-        labels = list(stages)
         run = Run(self.work, recipe.checkpoint_seconds, self.voice, self.accelerator, student, labels, identity)
+        # When layers are chosen, another takes its place.
+        del student
         if done is not None:
             self.voice.say(f"Continuing from the checkpoint {done.name}.")
-        self.assessment.behind_stage("init", teacher, student)
-        behind = -1 if done is None else labels.index(done.stage)
         with tracked(self.accelerator, self.work.output.name, without_paths(recipe.to_dict())):
+            if self._searches:
+                self._choose_layers(run, teacher, corpus, done)
+            self._say_plan(run.student, corpus)
+            if stages:
+                self.assessment.behind_stage("init", teacher, run.student)
+            behind = -1 if done is None or done.stage == LABEL else list(stages).index(done.stage)
             for number, (label, options) in enumerate(stages.items()):
-                stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
+                stage = make_stage(options, teacher, run.student, seed_of(recipe.seed, number))
                 steps = recipe.steps_of(options)
                 if number < behind:
                     run.trained |= stage.finish()
@@ -286,8 +338,18 @@ class _Conversion:
                 size, context = recipe.batch_size_of(options), recipe.context_of(options)
                 batches = Batches(corpus.train, context, size, (recipe.seed, number))
                 train_stage(run, label, stage, batches, steps, done if number == behind else None)
-                self.assessment.behind_stage(label, teacher, student)
+                self.assessment.behind_stage(label, teacher, run.student)
         return {name: value.detach().cpu() for name, value in run.trained.items()}
+
+    def _choose_layers(self, run: Run, teacher: PreTrainedModel, corpus: Corpus, done: Checkpoint | None) -> None:
+        """Put a student with memories in the layers that cost least into a run; its memories start aligned."""
+        chosen, tensors = LayerSearch(run, self.recipe, teacher, corpus, self.cache_plan).choose(done)
+        self.recipe = replace(self.recipe, chosen_layers=chosen)
+        run.student = self._student_of(teacher).requires_grad_(True)
+        run.trained = memory_parameters(run.student)
+        as_masters(run.trained)
+        if tensors:
+            load_tensors(run.trained, tensors)
 
     def _load_teacher(self, dtype: str, device: torch.device) -> PreTrainedModel:
         """The teacher to read with, placed as the recipe says."""
@@ -325,7 +387,7 @@ class _Conversion:
 
     def _say_plan(self, student: PreTrainedModel, corpus: Corpus | None) -> None:
         recipe, say = self.recipe, self.voice.say
-        layers = ", ".join(map(str, recipe.layers)) or "none"
+        layers = ", ".join(map(str, self._layers)) or "none"
         how = {"replace": "in place of attention", "retrofit": "beside attention over a window"}[recipe.mode]
         say(f"Teacher {recipe.teacher}: {self.config.model_type}, {student.config.num_hidden_layers} layers")
         say(f"Layers that get a {recipe.memory} memory {how}: {layers}")
@@ -340,7 +402,7 @@ class _Conversion:
             say(
                 f"Stage {label} trains {trains}: {stage.tokens:,} tokens, {steps:,} steps of {size} blocks of {length}"
             )
-        precision = str(self.dtype).removeprefix("torch.")
+        precision = self._precision
         say(f"On {self.device} in {precision}; unfinished work lies in {self.work.path}")
 
     def _final_model(self, trained: dict[str, torch.Tensor]) -> PreTrainedModel:
@@ -380,13 +442,16 @@ class _Conversion:
             from hf_memory.hub.remote_code import export_remote_code
 
             export_remote_code(final, folder)
+        publish_choices(self.work.path / SENSITIVITY, folder, f"{Path(recipe.teacher).name}: {recipe.layers}")
         write_recipe(folder, recipe.to_dict())
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
         write_card(folder, config=final.config, recipe=recipe.to_dict(), report=report, revision=revision)
 
     def _report(self) -> dict[str, Any]:
         """Teacher, saved student and controls measured on the held-out blocks, and the peak of memory."""
-        report = self.assessment.report(self._load_teacher(str(self.dtype).removeprefix("torch."), self.device))
+        teacher = self._load_teacher(self._precision, self.device)
+        stages = {LABEL: alignment(self.recipe)} | self.recipe.training_stages
+        report = self.assessment.report(teacher, self._layers, stages)
         used, expected = self.peak.measure(), self.expected
         report["peak"] = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
         measured = "not known" if used is None else f"{readable_size(used)} used"

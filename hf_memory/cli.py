@@ -20,6 +20,7 @@ from rich.table import Table
 from hf_memory._cli import convert as conversion
 from hf_memory._cli import hub, inspection
 from hf_memory._cli import memory as memories
+from hf_memory._cli import recipes as recipe_list
 from hf_memory._cli.state_size import readable_size
 
 
@@ -235,7 +236,8 @@ def check(
     raise typer.Exit(1 if report.failed else 0)
 
 
-app.command("convert")(_one_sentence(conversion.command()))
+app.command("convert", epilog=conversion.EPILOG)(_one_sentence(conversion.command()))
+app.command("recipes")(_one_sentence(recipe_list.recipes))
 app.command("card")(_one_sentence(hub.card))
 app.command("push")(_one_sentence(hub.push))
 app.command("read")(_one_sentence(memories.read))

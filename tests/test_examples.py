@@ -253,7 +253,7 @@ def test_conversion_curve_compares_with_the_best_control(example, tmp_path: Path
 
 def test_conversion_curve_gives_every_point_its_recipe(example, tmp_path: Path):
     curve = example("conversion_curve")
-    from hf_memory.conversion.recipe import read_recipe
+    from hf_memory.conversion.recipe import read_recipe, split_assignment
 
     setting = curve.Setting("teacher", (tmp_path, tmp_path), tmp_path, "cpu", 64, 4, 2048, 8)
     for point in curve.points(["lattice"], [2], [10_000]):
@@ -264,7 +264,7 @@ def test_conversion_curve_gives_every_point_its_recipe(example, tmp_path: Path):
             if name == "set":
                 flags.setdefault("set", []).append(value)
             elif name == "memory_option":
-                flags.setdefault("memory_options", {}).update([value.split("=")])
+                flags.setdefault("memory_options", {}).update([split_assignment(value, "memory-option")])
             else:
                 flags[name] = value
         recipe = read_recipe(flags=flags)

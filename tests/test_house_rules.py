@@ -33,6 +33,7 @@ RANKS = {
     "hf_memory.conversion": 6,
     "hf_memory._cli.convert": 7,
     "hf_memory._cli.hub": 7,
+    "hf_memory._cli.recipes": 7,
     "hf_memory.cli": 7,
 }
 

@@ -91,8 +91,11 @@ WRONG = {
     "no data": ({"data": None}, "`data` is missing: name a text file, a folder or a dataset"),
     "empty data": ({"data": os.devnull}, "holds no text, but a block to train on and one to hold out"),
     "no such file": ({"data": "nowhere.txt"}, "There is no file or folder 'nowhere.txt' to read data from."),
-    "unknown memory": ({"memory": "sponge"}, "There is no memory 'sponge': choose one of titans"),
-    "unknown option": ({"memory-option": "colour=red"}, "A titans memory has no option 'colour'."),
+    "unknown memory": ({"memory": "sponge"}, "`memory` must be one of titans, lattice, trellis, got 'sponge'."),
+    "unknown option": (
+        {"memory-option": "colour=red"},
+        "Unknown key `memory_options.colour`; the keys there are: variant, memory_depth, ",
+    ),
     "impossible option": ({"memory-option": "chunk_size=0"}, "`chunk_size` must be at least 1, got 0."),
     "heads": ({"memory-option": "num_attention_heads=3"}, "its `num_attention_heads` is 4 as in the teacher, not 3"),
     "option without value": ({"memory-option": "chunk_size"}, "`memory-option` takes NAME=VALUE, got 'chunk_size'."),

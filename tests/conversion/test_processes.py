@@ -68,8 +68,11 @@ def place(tmp_path_factory) -> Workplace:
     for name in ("one", "two", "unreadable", "lost", "asked"):
         place.recipe(name)
     place.recipe("odd", batch_size=3)
+    for name in ("one_auto", "two_auto"):
+        place.recipe(name, layers="auto:1", auto_blocks=3, auto_tokens=2 * BATCH * CONTEXT)
     named = [f"2:{place.folder / name}.yaml:{name}" for name in ("unreadable", "lost", "asked")]
-    plain_runs = [f"{count}:{place.folder / name}.yaml" for count, name in ((1, "one"), (2, "two"), (2, "odd"))]
+    runs = ((1, "one"), (2, "two"), (2, "odd"), (1, "one_auto"), (2, "two_auto"))
+    plain_runs = [f"{count}:{place.folder / name}.yaml" for count, name in runs]
     place.run(*plain_runs, *named, f"2:{place.folder / 'asked'}.yaml")
     return place
 
@@ -150,6 +153,19 @@ def test_settings_by_one_name_each():
         "stages.0.name": "align",
         "stages.0.lr": 0.1,
     }
+
+
+def test_processes_choose_the_layers_together(place):
+    """Each measures on its share of the blocks, and all convert what one process would have converted."""
+    one, two = (
+        json.loads((place.folder / name / "sensitivity.json").read_text()) for name in ("one_auto", "two_auto")
+    )
+    assert one["layers"] == two["layers"] and len(one["layers"]) == 1
+    costs = [list(result["steps"][0]["costs"].values()) for result in (one, two)]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-3) and min(costs[0]) > 0
+    one, two = weights(place.folder / "one_auto"), weights(place.folder / "two_auto")
+    assert set(one) == set(two)
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
 
 
 @pytest.mark.slow
