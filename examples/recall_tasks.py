@@ -39,8 +39,7 @@ REFERENCE = "Titans, two layers"
 TOLERANCE = 0.02
 DIGITS, NOISE, MARKER = 10, 32, 42
 """Passkey tokens: digits 0 to 9, noise 10 to 41, and the marker."""
-KEY_LENGTH, OFTEN = 4, 16
-"""Digits of a passkey, and how often the rows that show it often do."""
+KEY_LENGTH = 4
 IGNORED = -100
 END_OF_CALL = "end of the call"
 """Why a run was cut that is to be made again; it is in no average."""
@@ -114,8 +113,10 @@ def batch_of(task: str, sizes: Sizes, generator: torch.Generator) -> tuple[Tenso
     if task == "recall":
         return recall_batch(sizes, sizes.batch // (4 * sizes.pairs), generator)
     rows, context = sizes.batch // sizes.context, sizes.context
-    # Four answers in 512 tokens are little to learn from: half of the rows ask often, the other half as the test does.
-    halves = [passkey_batch(context, rows // 2, generator), passkey_batch(context, rows - rows // 2, generator, OFTEN)]
+    # Four answers in 512 tokens are little to learn from: half of the rows show the passkey in every other place that
+    # there is, the other half as the test does.
+    often = context // (KEY_LENGTH + 1) // 2
+    halves = [passkey_batch(context, rows // 2, generator), passkey_batch(context, rows - rows // 2, generator, often)]
     return tuple(torch.cat(parts) for parts in zip(*halves))
 
 
