@@ -39,6 +39,8 @@ MEMORIES: dict[str, list[str]] = {
     "trellis": [],
 }
 CONTEXT = 2048
+LR = 1e-3
+"""Of the memories in the last stage; what the teacher has too learns at a third of it."""
 ALIGN_SHARE = 0.25
 """Of the tokens, for the stage that aligns blocks; the teacher that is trained on spends them in its one stage."""
 TARGETS = {"half": 0.03, "all": 0.08}
@@ -90,13 +92,13 @@ class Setting:
     blocks: int
 
 
-def points(memories: list[str], layers: list[int], budgets: list[int], lr: float) -> list[Point]:
+def points(memories: list[str], layers: list[int], budgets: list[int]) -> list[Point]:
     """All points, controls first, large budgets first: they take longest."""
     found = []
     for tokens in sorted(budgets, reverse=True):
         found += [Point(CONTINUED, 0, tokens, rate) for rate in CONTINUED_LRS]
         for count in sorted(layers, reverse=True):
-            found += [Point(memory, count, tokens, lr) for memory in [*memories, OFF]]
+            found += [Point(memory, count, tokens, LR) for memory in [*memories, OFF]]
     return found
 
 
@@ -234,7 +236,7 @@ def main(
     tokens: Annotated[str, typer.Option(help="Budgets.")] = "500000,2000000,8000000",
     window: Annotated[int, typer.Option(help="Of attention beside the memory; 0: none, memory alone.")] = 64,
     batch: Annotated[int, typer.Option(help="Blocks per step.")] = 4,
-    lr: Annotated[float, typer.Option(help="Of the memories in the last stage.")] = 1e-3,
+    packages: Annotated[bool, typer.Option("--packages", help="Train on the installed packages too.")] = False,
     blocks: Annotated[int, typer.Option(help="Held-out blocks.")] = 24,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     jobs: Annotated[int, typer.Option(help="Conversions at a time.")] = 1,
@@ -246,21 +248,24 @@ def main(
         raise typer.BadParameter(f"Unknown memories {sorted(unknown)}, known are {', '.join(MEMORIES)}.")
     end = None if minutes is None else time.monotonic() + 60 * minutes
     work = output.with_suffix("")
-    todo = points(memories.split(","), numbers(layers), numbers(tokens), lr)
-    text = library_text(work / "text", max(numbers(tokens)), seed=0)
+    todo = points(memories.split(","), numbers(layers), numbers(tokens))
+    text = library_text(work / "text", max(numbers(tokens)), seed=0, packages=packages)
     setting = Setting(teacher, text, work, device, window, batch, CONTEXT, blocks)
-    console = Console()
+    console, failures = Console(), 0
     with Progress(console=console) as bar, ThreadPoolExecutor(jobs) as pool:
         task = bar.add_task("conversions", total=len(todo))
         for point, failure in zip(todo, pool.map(lambda point: run(point, setting, end), todo)):
             bar.advance(task)
             if failure:
+                failures += 1
                 console.print(f"{point.name}: {failure}", markup=False)
     rows = with_gaps([row(point, setting) for point in todo if (work / point.name / "report.json").is_file()])
     output.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
     console.print(table(rows))
     if any(one["layers"] and one["gap"] is not None for one in rows):
         plot(rows, output.with_suffix(".png"))
+    if failures:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

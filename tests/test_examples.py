@@ -256,7 +256,7 @@ def test_conversion_curve_gives_every_point_its_recipe(example, tmp_path: Path):
     from hf_memory.conversion.recipe import read_recipe
 
     setting = curve.Setting("teacher", (tmp_path, tmp_path), tmp_path, "cpu", 64, 4, 2048, 8)
-    for point in curve.points(["lattice"], [2], [10_000], 1e-3):
+    for point in curve.points(["lattice"], [2], [10_000]):
         words = curve.command(point, setting)[4:-1]
         flags: dict = {}
         for name, value in zip(words[::2], words[1::2]):
@@ -269,6 +269,14 @@ def test_conversion_curve_gives_every_point_its_recipe(example, tmp_path: Path):
                 flags[name] = value
         recipe = read_recipe(flags=flags)
         assert sum(stage.tokens for stage in recipe.training_stages.values()) == 10_000
+
+
+@pytest.mark.slow
+def test_a_larger_teacher_and_its_conversion_in_one_call(example, tmp_path: Path, capsys):
+    example("gpu_conversion").main(output=tmp_path, minutes=1, device="cpu", jobs=1, memories="titans", quick=True)
+    rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "teacher: " in capsys.readouterr().out
+    assert all(row["teacher"] == "model" for row in rows)
 
 
 @pytest.fixture
