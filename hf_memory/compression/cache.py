@@ -57,6 +57,12 @@ class CompressedCache(MemoryCacheMixin, DynamicCache):
         for index in full:
             self.layers[index] = make_layer(index)
 
+    @property
+    def full_nbytes(self) -> int:
+        """Size, in bytes, that this cache would have without compression."""
+        compressed = [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+        return self.nbytes + sum(layer.full_nbytes - layer.nbytes for layer in compressed)
+
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
             if isinstance(layer, CompressedLayer | MemoryStatesMixin):
@@ -144,10 +150,15 @@ class SubGenCache(CompressedCache):
     ) -> None:
         window = budget // 2 if window is None else window
         room = budget - window - sinks
-        if window < 1 or sinks < 0 or room < 1 or samples < 1:
+        if window < 1 or sinks < 0 or samples < 1:
             raise ValueError(
-                f"A budget of {budget} tokens leaves {room} beside a window of {window} (1 or more) and {sinks} sinks "
-                f"(0 or more), with {samples} samples (1 or more) of a cluster: it must leave 1 at least."
+                "`window` and `samples` must be 1 or more and `sinks` 0 or more, "
+                f"got window={window}, samples={samples} and sinks={sinks}."
+            )
+        if room < 1:
+            raise ValueError(
+                f"A budget of {budget} tokens leaves none beside a window of {window} and {sinks} sinks: it must be "
+                f"{window + sinks + 1} or more, or the window smaller."
             )
 
         def make_layer(index: int) -> SubGenLayer:
@@ -182,11 +193,13 @@ class SubGenCache(CompressedCache):
         valid = padding_mask.bool()
         if valid.dim() != 2 or not valid.shape[1] or (valid[:, :-1] & ~valid[:, 1:]).any():
             raise ValueError(
-                f"A SubGenCache takes padding in front of a row only, and a mask [B, T], got {tuple(valid.shape)} with "
-                'zeros elsewhere: let the tokenizer pad with `padding_side="left"`.'
+                "A SubGenCache takes a mask [B, T] with padding in front of a row only, got one of shape "
+                f'{tuple(valid.shape)} that is not: let the tokenizer pad with `padding_side="left"`.'
             )
         if self.get_seq_length():
-            raise ValueError("The padding of a SubGenCache is set before its first token: use a new cache, or `reset`.")
+            raise ValueError(
+                "The padding of a SubGenCache is set before its first token: `reset` it, or use a new one."
+            )
         for layer in self._subgen_layers():
             layer.prompt_padding = (~valid).sum(1).cpu()
 
@@ -198,4 +211,3 @@ class SubGenCache(CompressedCache):
 
     def _subgen_layers(self) -> Iterator[SubGenLayer]:
         return (layer for layer in self.layers if isinstance(layer, SubGenLayer))
-

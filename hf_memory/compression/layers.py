@@ -46,6 +46,14 @@ class CompressedLayer(CacheLayerMixin):
         """Size of all tensors that the layer holds, in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
+    @property
+    def full_nbytes(self) -> int:
+        """Size that keys and values of all tokens seen would have, in bytes."""
+        if not self.is_initialized:
+            return 0
+        vectors = self.keys.shape[0] * self.keys.shape[1] * self.seen_tokens
+        return vectors * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
+
     def get_seq_length(self) -> int:
         """Number of tokens seen, padded ones included; not the number of those kept."""
         return self.seen_tokens

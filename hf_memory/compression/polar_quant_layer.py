@@ -49,8 +49,8 @@ class PolarQuantLayer(CompressedLayer):
         """Append keys and values `[B, H, T, P]`.
 
         Returns:
-            Keys and values of all tokens `[B, H, n + T, P]` in the dtype of the new ones: decoded where they were codes
-            before the call, as they are where they were not. So a prompt read in one call is read exactly.
+            Keys and values of all tokens `[B, H, n + T, P]` in the dtype of the new ones: decoded where they were
+            codes before the call, as they are where they were not. So a prompt read in one call is read exactly.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -123,9 +123,7 @@ class SamplerState:
             state = state._sample_values(part_keys, part_values, part_valid, generator)
         return state
 
-    def _sample_keys(
-        self, keys: Tensor, valid: Tensor, cluster: Tensor, generator: torch.Generator
-    ) -> "SamplerState":
+    def _sample_keys(self, keys: Tensor, valid: Tensor, cluster: Tensor, generator: torch.Generator) -> "SamplerState":
         joins = (cluster[..., None] == torch.arange(self.counts.shape[1], device=keys.device)) & valid[..., None]
         sizes = self.counts[:, None] + joins.cumsum(1)
         size = sizes.gather(2, cluster[..., None])

@@ -57,7 +57,7 @@ def test_one_cluster_per_clump():
 
 def assign_one_by_one(keys, valid, centres, used, radius):
     """The paper's loop: join the nearest centre within the radius, else open a cluster while there is room."""
-    centres, clusters = [c for c in centres[:used]], []
+    centres, clusters = list(centres[:used]), []
     for key, is_valid in zip(keys, valid):
         if not is_valid:
             clusters.append(None)
