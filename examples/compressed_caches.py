@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +41,8 @@ def caches(model: PreTrainedModel, length: int, rows: int) -> dict[str, Callable
         made[f"SubGen, {budget} tokens, window {budget // 8}"] = subgen(budget, budget // 8)
         # One token of room is the least that the cache takes.
         made[f"window of {budget} tokens and sinks"] = subgen(budget, budget - 5)
-    made["SubGen's sampler, in twice the bytes of the first"] = subgen(length // 2, length // 4, mode="sampler")
+    budget, window = length // 2, length // 4
+    made[f"SubGen's sampler, {budget} tokens, window {window}"] = subgen(budget, window, mode="sampler")
     return made
 
 
@@ -80,7 +82,7 @@ def main(
     text = torch.from_numpy(read(source_files()[1]).astype("int64"))
     starts = torch.linspace(0, len(text) - length, blocks).long()
     ids = torch.stack([text[start : start + length] for start in starts])
-    console, rows = Console(), []
+    console, rows = Console(width=None if sys.stdout.isatty() else 120), []
     table = Table(title=f"{blocks} blocks of {length:,} held-out bytes, {piece} at a time, {model.dtype}")
     for column in ("cache", "bits per byte", "first half", "second half", "bytes of a block", "seconds"):
         table.add_column(column, justify="left" if column == "cache" else "right")

@@ -35,9 +35,9 @@ def select_centres(keys: Tensor, allowed: Tensor, covered: Tensor, count: int) -
     rows, length, _ = keys.shape
     order = torch.arange(rows, device=keys.device)
     squares = keys.square().sum(-1)
-    # All distances at once where they fit: streaming asks for most of them, a long prompt for few.
+    # All distances at once where they fit and many are asked for, as in streaming; a long prompt asks for few.
     table = None
-    if rows * length**2 <= _DISTANCES_AT_ONCE:
+    if 4 * count > length and rows * length**2 <= _DISTANCES_AT_ONCE:
         table = _squared_distances(keys, squares, keys, squares).flatten(0, 1)
 
     def distance_to(index: Tensor) -> Tensor:

@@ -179,25 +179,27 @@ def test_kcentre_keeps_sinks_window_and_no_more_than_the_budget(cuts, budget):
 
 def test_kcentre_keeps_pairs_and_their_order():
     """Every kept key has its own value beside it, once, in the order of the text, whichever head."""
-    keys, values = states(60)
+    keys, _ = states(60)
     numbers = torch.arange(60.0)[:, None].expand(2, 2, 60, 32)
-    layer, _ = fill(kcentre(), keys, numbers.contiguous(), [30, 31, 45])
-    kept = layer.values[..., 0].long()
-    assert (kept.diff(dim=2) > 0).all()
-    assert torch.equal(keys.gather(2, kept[..., None].expand(-1, -1, -1, 32)), layer.keys)
+    layer = kcentre()
+    for part in zip(keys.tensor_split(60, 2), numbers.tensor_split(60, 2)):
+        layer.update(*part)
+        kept = layer.values[..., 0].long()
+        assert (kept.diff(dim=2) > 0).all()
+        assert torch.equal(keys.gather(2, kept[..., None].expand(-1, -1, -1, 32)), layer.keys)
     assert not torch.equal(kept[0, 0], kept[0, 1])
 
 
 @pytest.mark.parametrize("make", [kcentre, sampler])
-@pytest.mark.parametrize("first", [3, 12, 40])
+@pytest.mark.parametrize("first", [3, 12, 34, 40])
 def test_padded_tokens_are_never_kept(make, first):
-    """Marked by a value of 1000, in rows with nothing to drop, something, and nothing valid yet."""
+    """Values number the tokens, padded ones -1, in rows with nothing to drop, something, and nothing valid yet."""
     padding = torch.tensor([0, 5, 30])
-    keys, values = states(60, rows=3)
-    for row, count in enumerate(padding):
-        values[row, :, :count] = 1000
+    keys, _ = states(60, rows=3)
+    numbers = torch.arange(60.0).expand(3, 60)
+    numbers = torch.where(numbers < padding[:, None], -1.0, numbers)
+    values = numbers[:, None, :, None].expand(3, 2, 60, 32)
     layer = make(3)
-    layer.prompt_padding = padding
     for cuts in ([first], [first, 45, 46, 47]):
         layer.reset()
         layer.prompt_padding = padding
@@ -205,11 +207,14 @@ def test_padded_tokens_are_never_kept(make, first):
         slots = layer.values.shape[2]
         # The mask that transformers makes shows these columns of the 2-D mask.
         shown = torch.arange(60 - slots, 60) >= padding[:, None]
-        kept = layer.values[:, :, :, 0] < 500
-        assert torch.equal(kept, shown[:, None].expand(-1, 2, -1))
+        for row, count in enumerate(padding.tolist()):
+            for kept in layer.values[row, :, :, 0]:
+                valid = kept[shown[row]].long()
+                assert (kept[~shown[row]] == -1).all() and (valid.diff() > 0).all()
+                assert valid[:2].tolist() == [count, count + 1] and valid[-6:].tolist() == list(range(54, 60))
         if make is sampler:
-            assert layer.counts.sum(2).tolist() == [[max(60 - int(p) - 8, 0)] * 2 for p in padding]
-            assert (layer.slot_values < 500).all()
+            assert layer.counts.sum(2).tolist() == [[60 - int(p) - 8] * 2 for p in padding]
+            assert (layer.slot_values >= 0).all()
 
 
 def test_a_padded_row_keeps_what_the_same_row_keeps_alone():

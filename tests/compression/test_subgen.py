@@ -28,9 +28,9 @@ def test_centres_are_the_greedy_choice(at_once, monkeypatch):
     keys = torch.randn(3, 40, 8)
     allowed = [list(range(5, 35)), list(range(10, 40)), list(range(40))]
     covered = [[0, 1], [3], []]
-    chosen = select_centres(keys, mask(40, *allowed), mask(40, *covered), 7)
+    chosen = select_centres(keys, mask(40, *allowed), mask(40, *covered), 15)
     for row in range(3):
-        assert chosen[row].tolist() == greedy_centres(keys[row], allowed[row], covered[row], 7)
+        assert chosen[row].tolist() == greedy_centres(keys[row], allowed[row], covered[row], 15)
 
 
 def test_centres_are_farther_apart_than_the_covering_radius():
@@ -129,6 +129,25 @@ def test_same_seed_same_state_and_pieces_do_not_change_counts(monkeypatch):
         assert torch.equal(state.counts, first.counts)
         assert torch.equal(state.centres, first.centres)
         assert torch.allclose(state.mass, first.mass)
+
+
+def test_samples_are_drawn_with_the_probabilities_of_the_paper():
+    """Uniform over a cluster, in proportion to |v|^2 over the stream, in whatever pieces it comes."""
+    tokens, streams = 8, 4000
+    keys = torch.arange(tokens).float()[:, None].expand(streams, tokens, 1)
+    values = torch.tensor([1.0, 2, 1, 3, 1, 0, 1, 2])[:, None].expand(streams, tokens, 1)
+    state = absorbed(
+        keys, values, torch.ones(streams, tokens, dtype=torch.bool), sizes=(1, 2, 3), radius=9, cuts=(3, 4)
+    )
+    squares = values[0, :, 0].square()
+    for drawn, expected in (
+        (state.samples, torch.full((tokens,), 1 / tokens)),
+        (state.slot_keys, squares / squares.sum()),
+    ):
+        total = drawn.numel()
+        shares = drawn.flatten().long().bincount(minlength=tokens) / total
+        error = (expected * (1 - expected) / total).sqrt()
+        assert ((shares - expected).abs() <= 4 * error).all()
 
 
 def test_estimates_have_no_bias():
