@@ -24,8 +24,9 @@ RECIPE = "recipe.yaml"
 # Entries of a recipe that may be paths.
 _PATHS = ("teacher", "data", "held_out")
 _STAGES = {
-    "align": "each converted block learns to give the teacher's output for the teacher's own input.",
+    "align": "each converted layer learns to give what the teacher's gives.",
     "distill": "the model learns the teacher's distribution of the next token.",
+    "on_policy": "the model writes, and learns what the teacher says about each token of it.",
 }
 
 

@@ -29,7 +29,7 @@ from hf_memory.conversion.recipe import ConversionError, Recipe
 
 
 PARTIAL = ".partial"
-NAME = re.compile(r"(?P<stage>[a-z]+\d*)-(?P<step>\d+)")
+NAME = re.compile(r"(?P<stage>[a-z_]+\d*)-(?P<step>\d+)")
 
 
 @dataclass(frozen=True)

@@ -6,138 +6,27 @@ accepted.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+
+from hf_memory.conversion.schema import ConversionError, build, count, not_negative, one_of, option
+from hf_memory.conversion.stage_options import (
+    REPLACED_ONLY,
+    STAGES,
+    AlignStage,
+    Stage,
+    TrainingStage,
+    build_stage,
+    default_stages,
+)
 
 
-class ConversionError(ValueError):
-    """A sentence for the user: what was given, and what is accepted or what to do."""
-
-
-def option(
-    default: Any, accepts: str, holds: Callable[[Any], bool] = lambda value: True, help: str = "", **settings: Any
-) -> Any:
-    """A field of the schema.
-
-    Args:
-        default: Its default; a list or dict is copied.
-        accepts: What it accepts, as it stands in the sentence about a wrong value.
-        holds: Whether a value of the right type is accepted.
-        help: One line for the command line; empty for fields that have no flag.
-    """
-
-    def check(value: Any) -> None:
-        if isinstance(value, float) and not math.isfinite(value) or value is not None and not holds(value):
-            raise ValueError(f"must be {accepts}, got {value!r}")
-
-    settings["default_factory" if isinstance(default, (list, dict)) else "default"] = (
-        default.copy if isinstance(default, (list, dict)) else default
-    )
-    return field(metadata={"accepts": accepts, "help": help, "validator": check}, **settings)
-
-
-def count(default: int | None, help: str = "") -> Any:
-    accepts = "a whole number of at least 1"
-    return option(default, accepts, lambda value: not isinstance(value, bool) and value >= 1, help)
-
-
-def share(default: float, help: str = "") -> Any:
-    return option(default, "a number from 0 to 1", lambda value: 0 <= value <= 1, help)
-
-
-def positive(default: float | None, help: str = "") -> Any:
-    return option(default, "a number above 0", lambda value: value > 0, help)
-
-
-def not_negative(default: float, help: str = "") -> Any:
-    return option(default, "a number of at least 0", lambda value: value >= 0, help)
-
-
-def one_of(default: str, choices: tuple[str, ...], help: str = "") -> Any:
-    return option(default, "one of " + ", ".join(choices), choices.__contains__, help)
-
-
-@strict
-@dataclass(kw_only=True)
-class Stage:
-    """What all stages have in common: a name."""
-
-    name: ClassVar[str]
-
-
-@strict
-@dataclass(kw_only=True)
-class InitStage(Stage):
-    """Build the student from the teacher. It has no options of its own."""
-
-    name: ClassVar[str] = "init"
-
-
-@strict
-@dataclass(kw_only=True)
-class TrainingStage(Stage):
-    """Budget, optimiser and schedule of a stage that trains.
-
-    AdamW with betas (0.9, 0.95); the learning rate rises linearly over `warmup` of the steps, then falls along a
-    cosine to `floor` times `lr`. Weight decay acts on matrices only. Each batch goes through in `accumulate` parts.
-    """
-
-    tokens: int = count(5_000_000)
-    lr: float | int = positive(1e-3)
-    warmup: float | int = share(0.05)
-    floor: float | int = share(0.1)
-    weight_decay: float | int = not_negative(0.01)
-    clip: float | int = positive(1.0)
-    context: int | None = count(None)
-    batch_size: int | None = count(None)
-    accumulate: int = count(1)
-
-
-@strict
-@dataclass(kw_only=True)
-class AlignStage(TrainingStage):
-    """Train the memories so that each converted block, on the teacher's own input, gives the teacher's output."""
-
-    name: ClassVar[str] = "align"
-
-
-@strict
-@dataclass(kw_only=True)
-class DistillStage(TrainingStage):
-    """Train the student end to end towards the teacher's distribution.
-
-    The loss is `kl_weight * temperature**2 * KL(teacher || student) + ce_weight * cross entropy`, per token.
-    `trainable` is `"memory"` or `"all"`; `kept_lr` is the learning rate of what the teacher has too (default: `lr`).
-    """
-
-    name: ClassVar[str] = "distill"
-
-    tokens: int = count(20_000_000)
-    lr: float | int = positive(3e-4)
-    kept_lr: float | int | None = positive(None)
-    temperature: float | int = positive(1.0)
-    trainable: str = one_of("memory", ("memory", "all"))
-    kl_weight: float | int = not_negative(1.0)
-    ce_weight: float | int = not_negative(0.0)
-
-    def validate_weights(self) -> None:
-        """Part of `@strict`-powered validation: there is something to learn from."""
-        if not self.kl_weight and not self.ce_weight:
-            raise ValueError("`kl_weight` and `ce_weight` are both 0: nothing is left to learn from")
-
-
-STAGES: dict[str, type[Stage]] = {stage.name: stage for stage in (InitStage, AlignStage, DistillStage)}
 LAYER_WORDS = ("all", "odd", "even", "lower", "none")
-
-
-def default_stages() -> list[Stage]:
-    return [stage() for stage in STAGES.values()]
 
 
 @strict
@@ -194,7 +83,7 @@ class Recipe:
     device: str = option(
         "auto", "auto, cpu, cuda, cuda:1, ...", bool, '"cpu", "cuda", ...; "auto" takes a GPU if there is one.'
     )
-    stages: list[Stage] = option(default_stages(), "a list of init, align and distill")
+    stages: list[Stage] = option(default_stages(), f"a list of {', '.join(STAGES)}")
     checkpoint_seconds: float | int = not_negative(300, "Time between two checkpoints.")
     code: bool = option(True, "true or false")
 
@@ -226,6 +115,17 @@ class Recipe:
             raise ValueError(f"`stages` must begin with init and name it once, got {names}")
         if self.data is None and self.training_stages:
             raise ValueError("`data` is missing: name a text file, a folder or a dataset, or stop with the stage init")
+        if not all(stage.lora_merge for stage in [*self.training_stages.values()][:-1]):
+            raise ValueError("`lora_merge` false keeps adapters beside the weights: only the last stage can do that")
+
+    def validate_targets(self) -> None:
+        """Part of `@strict`-powered validation: what is compared exists."""
+        for stage in self.stages:
+            if self.mode == "retrofit" and isinstance(stage, AlignStage) and stage.target in REPLACED_ONLY:
+                raise ValueError(
+                    f"`target` {stage.target} compares a memory with the attention in whose place it stands, and mode "
+                    "retrofit keeps that: align with `target` mixer or block"
+                )
 
     @property
     def training_stages(self) -> dict[str, TrainingStage]:
@@ -238,7 +138,7 @@ class Recipe:
         return labelled
 
     def context_of(self, stage: TrainingStage) -> int:
-        return stage.context or self.context
+        return stage.context_in(self.context)
 
     def batch_size_of(self, stage: TrainingStage) -> int:
         return stage.batch_size or self.batch_size
@@ -294,69 +194,6 @@ def parse_layers(text: str) -> str | list[int]:
         ) from None
 
 
-def build(schema: type, values: Mapping[str, Any], where: str = "") -> Any:
-    """An instance of a class of the schema from plain values.
-
-    Args:
-        schema: `Recipe` or a stage.
-        values: By field name; numbers may come as text.
-        where: In front of the field names in sentences, such as `"align."`.
-
-    Raises:
-        ConversionError: An unknown key, a value of the wrong type or out of range.
-    """
-    known = {entry.name: entry for entry in fields(schema)}
-    unknown = [str(key) for key in values if key not in known]
-    if unknown:
-        accepted = ", ".join(known) or "none"
-        raise ConversionError(f"Unknown key `{where}{unknown[0]}`; the keys there are: {accepted}.")
-    accepted_values = {}
-    for key, value in values.items():
-        entry = known[key]
-        accepted_values[key] = value = as_number(value, entry.type)
-        try:
-            # One by one, for a sentence that can name the field.
-            for validator in schema.__validators__[key]:
-                validator(value)
-        except (TypeError, ValueError) as error:
-            raise ConversionError(
-                f"`{where}{key}` must be {entry.metadata['accepts']}, got {values[key]!r}."
-            ) from error
-    try:
-        return schema(**accepted_values)
-    except StrictDataclassError as error:
-        raise ConversionError(
-            f"{str(error.__cause__).rstrip('.')}{f' (stage {where[:-1]})' if where else ''}."
-        ) from error
-
-
-def as_number(value: Any, annotation: Any) -> Any:
-    """Text as a number where the field takes numbers only: YAML reads `1e-3` as text."""
-    if not isinstance(value, str) or annotation not in (
-        int,
-        int | None,
-        float | int,
-        float | int | None,
-        str | float | int,
-    ):
-        return value
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            continue
-    return value
-
-
-def build_stage(given: Any) -> Stage:
-    """A stage from its name, or from a mapping with `name` and options."""
-    values = {"name": given} if isinstance(given, str) else given
-    if not isinstance(values, Mapping) or values.get("name") not in STAGES:
-        name = values.get("name") if isinstance(values, Mapping) else given
-        raise ConversionError(f"`stages` must be made of {', '.join(STAGES)}, got {name!r}.")
-    return build(STAGES[values["name"]], {k: v for k, v in values.items() if k != "name"}, f"{values['name']}.")
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
@@ -387,7 +224,7 @@ def read_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None 
         ConversionError: One sentence about the first thing wrong.
     """
     values, flags = read_yaml(path) if path is not None else {}, dict(flags or {})
-    given = values.pop("stages", list(STAGES))
+    given = values.pop("stages", [stage.name for stage in default_stages()])
     if not isinstance(given, list):
         raise ConversionError(f"`stages` must be a list of {', '.join(STAGES)}, got {given!r}.")
     stages = [dict(stage) if isinstance(stage, Mapping) else {"name": stage} for stage in given]
@@ -438,14 +275,4 @@ def split_assignment(text: str, flag: str) -> tuple[str, Any]:
         raise ConversionError(f"The value in `{flag}` {text!r} is no YAML scalar.") from None
 
 
-__all__ = [
-    "STAGES",
-    "AlignStage",
-    "ConversionError",
-    "DistillStage",
-    "InitStage",
-    "Recipe",
-    "Stage",
-    "TrainingStage",
-    "read_recipe",
-]
+__all__ = ["ConversionError", "Recipe", "read_recipe"]

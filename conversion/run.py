@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +18,19 @@ from hf_memory._cli.state_size import build_without_weights
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
 from hf_memory.conversion.progress import Voice
-from hf_memory.conversion.recipe import ConversionError, DistillStage, Recipe
+from hf_memory.conversion.recipe import ConversionError, Recipe
+from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
-from hf_memory.conversion.training import Run, as_masters, fingerprint, load_tensors, make_accelerator, train_stage
+from hf_memory.conversion.training import (
+    Run,
+    as_masters,
+    fingerprint,
+    load_tensors,
+    make_accelerator,
+    seed_of,
+    train_stage,
+)
 
 
 if TYPE_CHECKING:
@@ -163,12 +173,14 @@ class _Conversion:
             self.voice.say(f"Continuing from the checkpoint {done.stage}-{done.step:06}.")
         behind = -1 if done is None else labels.index(done.stage)
         for number, (label, options) in enumerate(stages.items()):
-            stage, steps = make_stage(options, teacher, student), recipe.steps_of(options)
+            stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
+            steps = recipe.steps_of(options)
             if number < behind or number == behind and done.step >= steps:
-                run.trained |= stage.parameters
                 if number == behind:
-                    as_masters(run.trained)
-                    load_tensors(run.trained, done.tensors)
+                    reached = run.trained | stage.parameters_by_name
+                    as_masters(reached)
+                    load_tensors(reached, done.tensors)
+                run.trained |= stage.finish()
                 continue
             size, context = recipe.batch_size_of(options), recipe.context_of(options)
             batches = Batches(corpus.train, context, size, (recipe.seed, number))
@@ -205,7 +217,7 @@ class _Conversion:
             say(f"Text: {len(corpus.train):,} tokens to train on, {len(corpus.held_out):,} held out")
         for label, stage in recipe.training_stages.items():
             steps, size, length = recipe.steps_of(stage), recipe.batch_size_of(stage), recipe.context_of(stage)
-            trains = stage.trainable if isinstance(stage, DistillStage) else "memory"
+            trains = stage.trainable if stage.lora_rank is None else f"adapters in {stage.trainable}"
             say(
                 f"Stage {label} trains {trains}: {stage.tokens:,} tokens, {steps:,} steps of {size} blocks of {length}"
             )
@@ -277,7 +289,7 @@ class _Conversion:
             "student": "student",
             "reference": "teacher",
             "models": measured,
-            "curves": curves(self.work.log().read()),
+            "curves": curves(self.work.log().read(), recipe.training_stages),
             "environment": environment(self.device) | {"dtype": precision},
         }
 
@@ -289,9 +301,8 @@ def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
-def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def curves(log: list[dict[str, Any]], stages: Mapping[str, TrainingStage]) -> list[dict[str, Any]]:
     """The losses of the log by stage, as a report draws them."""
-    units = {"align": "share of the blocks' updates, summed over layers", "distill": "nats per token"}
     found = []
     for label in dict.fromkeys(line["stage"] for line in log):
         lines = [line for line in log if line["stage"] == label]
@@ -301,7 +312,7 @@ def curves(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "stage": label,
                 "run": "student",
-                "unit": units[label.rstrip("0123456789")],
+                "unit": stages[label].unit,
                 "tokens": [group[-1]["tokens"] for group in groups],
                 "loss": [sum(line["loss"] for line in group) / len(group) for group in groups],
             }

@@ -1,172 +1,177 @@
 """What each stage trains and what it minimises.
 
-A stage object has `options` (its part of the recipe), `parameters` (names to what it trains), `memories` (those that
-the teacher does not have), `prepare()`, called before the first step, and `loss(blocks)`. The training loop knows
-nothing else about it.
+A stage is a module with `options` (its part of the recipe), `parameters_by_name` (what it trains), `memories` (the
+names that the teacher does not have), `prepare()`, called before the first step, `finish()`, called behind the last,
+and a forward pass from blocks of tokens to the loss. The training loop knows nothing else about it, and sets
+`step_seed`, the same in every process, before each step.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_memory.conversion.recipe import AlignStage, DistillStage, TrainingStage
-from hf_memory.conversion.surgery import decoder_layers, memory_parameters
+from hf_memory.conversion.adapters import Adapters, plain_name
+from hf_memory.conversion.layer_targets import LayerTarget, teacher_layers
+from hf_memory.conversion.losses import DIVERGENCES, cross_entropy, logit_kl
+from hf_memory.conversion.sampling import continue_rows
+from hf_memory.conversion.stage_options import AlignStage, DistillStage, OnPolicyStage, TrainingStage
+from hf_memory.conversion.surgery import memory_parameters, new_parameters
 
 
-Loss = tuple[Tensor, dict[str, float]]
-LayerCall = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+Loss = tuple[Tensor, dict[str, Tensor]]
 
 
-class Align:
-    """Each converted block reads what the teacher's block read, and learns to give what that gave.
+class StageModule(nn.Module):
+    """What all stages share: the student inside, the teacher beside it, and what of the student trains.
 
-    The loss of a layer is the mean over tokens of |student - teacher|, divided by the mean of |teacher - input|: 1 is
-    a block that does nothing. The layers are independent of each other; everything but the memories is frozen.
-
-    Args:
-        options: The stage's part of the recipe.
-        teacher: Frozen, on the student's device.
-        student: From `build_student`.
-    """
-
-    def __init__(self, options: AlignStage, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-        self.options, self.teacher, self.student = options, teacher, student
-        self.parameters = self.memories = memory_parameters(student)
-        self.layers = sorted(student.config.memory_layers)
-
-    def prepare(self) -> None:
-        """Dropout off: the frozen parts shall give what the teacher's give."""
-        self.student.eval()
-
-    def loss(self, blocks: Tensor) -> Loss:
-        """Sum of the layers' losses on `[B, T + 1]` int64; the figures name each layer's."""
-        calls = record_layers(self.teacher, blocks[:, :-1], self.layers)
-        first_input = layer_input(*calls[self.layers[0]][:2])
-        memory_inputs = self.student.memory_inputs(first_input, None)
-        total, figures = torch.zeros((), device=first_input.device), {}
-        for index in self.layers:
-            args, kwargs, expected = calls[index]
-            given = output_of(decoder_layers(self.student)[index](*args, **kwargs, memory_inputs=memory_inputs))
-            loss = block_l2(given, expected, layer_input(args, kwargs))
-            total = total + loss
-            figures[f"layer {index}"] = loss.detach().item()
-        return total, figures
-
-
-class Distill:
-    """The student reads text and learns the teacher's distribution of the next token.
+    The teacher is no part of the module: it trains nothing and need not be sent to other processes.
 
     Args:
         options: The stage's part of the recipe.
-        teacher: Frozen, on the student's device.
-        student: From `build_student`.
+        teacher: Frozen.
+        student: From `build_student`; with `lora_rank` its linear layers are wrapped here.
+        seed: Of what the stage draws at random.
+
+    Raises:
+        ConversionError: For options that this student does not allow.
     """
 
-    def __init__(self, options: DistillStage, teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-        self.options, self.teacher, self.student = options, teacher, student
-        self.memories = memory_parameters(student)
-        self.parameters = dict(student.named_parameters()) if options.trainable == "all" else self.memories
+    def __init__(
+        self, options: TrainingStage, teacher: PreTrainedModel, student: PreTrainedModel, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.options, self.student, self.seed, self.step_seed = options, student, seed, 0
+        self._beside = (teacher,)
+        scope = {plain_name(name): value for name, value in self.scope().items()}
+        self.adapters = Adapters(student, options, scope, seed) if options.lora_rank is not None else None
+        self.parameters_by_name = scope if self.adapters is None else self.adapters.parameters
+        self.memories = {plain_name(name): value for name, value in memory_parameters(student).items()}
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._beside[0]
+
+    def scope(self) -> dict[str, nn.Parameter]:
+        """What `trainable` names in the student."""
+        if self.options.trainable == "all":
+            return dict(self.student.named_parameters())
+        return (new_parameters if self.options.trainable == "new" else memory_parameters)(self.student)
 
     def prepare(self) -> None:
         """The teacher's own dropout, if its configuration has any."""
         self.student.train()
 
-    def loss(self, blocks: Tensor) -> Loss:
-        """Weighted sum of divergence and cross entropy in nats per token on `[B, T + 1]` int64."""
+    def finish(self) -> dict[str, nn.Parameter]:
+        """Merge adapters that are not kept; what the stage leaves changed, by name."""
+        if self.adapters is not None and self.options.lora_merge:
+            return self.adapters.merge()
+        return self.parameters_by_name
+
+
+class Align(StageModule):
+    """Each converted layer learns to give what the teacher's layer gives (`LayerTarget`); the loss is their sum."""
+
+    def __init__(self, options: AlignStage, teacher: PreTrainedModel, student: PreTrainedModel, seed: int = 0) -> None:
+        self.layer_target = LayerTarget(options.target, teacher, student)
+        super().__init__(options, teacher, student, seed)
+
+    def scope(self) -> dict[str, nn.Parameter]:
+        """Of what `trainable` names, the part inside the layers that are compared."""
+        reached = self.layer_target.reached()
+        return {name: value for name, value in super().scope().items() if id(value) in reached}
+
+    def prepare(self) -> None:
+        """Dropout off: the frozen parts shall give what the teacher's give."""
+        self.student.eval()
+
+    def forward(self, blocks: Tensor) -> Loss:
+        """Sum of the layers' losses on `[B, T + 1]` int64; the figures name each layer's."""
+        inputs, target = blocks[:, :-1], self.layer_target
+        expected = teacher_layers(target, inputs)
+        if self.options.stream == "teacher":
+            return target.losses(target.run_on(expected), expected)
+        with target.student_calls() as given:
+            self.student.base_model(input_ids=inputs, use_cache=False)
+        return target.losses(given, expected)
+
+
+class Distill(StageModule):
+    """The student reads text and learns the teacher's distribution of the next token."""
+
+    def __init__(
+        self, options: DistillStage, teacher: PreTrainedModel, student: PreTrainedModel, seed: int = 0
+    ) -> None:
+        self.layer_target = LayerTarget("block", teacher, student)
+        super().__init__(options, teacher, student, seed)
+
+    def forward(self, blocks: Tensor) -> Loss:
+        """Weighted sum of divergence, cross entropy and layers' losses on `[B, T + 1]` int64."""
+        options, target = self.options, self.layer_target
         inputs, targets = blocks[:, :-1], blocks[:, 1:]
+        compares_layers = options.layer_weight > 0 and len(target.layers) > 0
+        expected = None
+        with target.teacher_calls() if compares_layers else nullcontext() as calls:
+            if options.kl_weight or compares_layers:
+                with torch.no_grad():
+                    expected = self.teacher(input_ids=inputs, use_cache=False).logits
         logits = self.student(input_ids=inputs, use_cache=False).logits
         total, figures = torch.zeros((), device=logits.device), {}
-        if self.options.kl_weight:
-            with torch.no_grad():
-                expected = self.teacher(input_ids=inputs, use_cache=False).logits
-            divergence = logit_kl(logits, expected, self.options.temperature)
-            total = total + self.options.kl_weight * divergence
-            figures["kl"] = divergence.detach().item()
-        if self.options.ce_weight:
-            cross_entropy = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-            total = total + self.options.ce_weight * cross_entropy
-            figures["ce"] = cross_entropy.detach().item()
+        if options.kl_weight:
+            divergence = logit_kl(logits, expected, options.temperature)
+            total = total + options.kl_weight * divergence
+            figures["kl"] = divergence.detach()
+        if options.ce_weight:
+            surprise = cross_entropy(logits, targets)
+            total = total + options.ce_weight * surprise
+            figures["ce"] = surprise.detach()
+        if compares_layers:
+            distance, by_layer = target.losses(target.run_on(calls), calls)
+            total = total + options.layer_weight * distance
+            figures |= by_layer
         return total, figures
 
 
-STAGE_CLASSES: dict[type[TrainingStage], type] = {AlignStage: Align, DistillStage: Distill}
+class OnPolicy(StageModule):
+    """The student goes on from the text's first tokens, and learns what the teacher says about each new token."""
+
+    def forward(self, blocks: Tensor) -> Loss:
+        """Divergence in nats per new token; of `[B, T + 1]` int64 only the first `prompt_tokens` are read."""
+        options = self.options
+        prompts = blocks[:, : options.prompt_tokens]
+        written = continue_rows(
+            self.student,
+            prompts,
+            options.new_tokens,
+            seed=self.step_seed,
+            temperature=options.sampling_temperature,
+            top_k=options.top_k,
+        )
+        inputs = written[:, :-1]
+        with torch.no_grad():
+            expected = self.teacher(input_ids=inputs, use_cache=False).logits
+        given = self.student(input_ids=inputs, use_cache=False).logits
+        new = slice(options.prompt_tokens - 1, None)
+        loss = DIVERGENCES[options.divergence](given[:, new], expected[:, new], options.temperature)
+        return loss, {options.divergence: loss.detach()}
 
 
-def make_stage(options: TrainingStage, teacher: PreTrainedModel, student: PreTrainedModel) -> Align | Distill:
-    """The stage that belongs to a part of the recipe."""
-    return STAGE_CLASSES[type(options)](options, teacher, student)
+STAGE_CLASSES: dict[type[TrainingStage], type[StageModule]] = {
+    AlignStage: Align,
+    DistillStage: Distill,
+    OnPolicyStage: OnPolicy,
+}
 
 
-def block_l2(given: Tensor, expected: Tensor, block_input: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean length of the error of a block's output, in units of the mean length of what the block should add.
-
-    Args:
-        given: Output of the student's block, `[B, T, D]`.
-        expected: Output of the teacher's, `[B, T, D]`.
-        block_input: What both read, `[B, T, D]`.
-        valid: `[B, T]` bool, true where a token counts. Default: all do.
-    """
-    error = torch.linalg.vector_norm(given.float() - expected.float(), dim=-1)
-    update = torch.linalg.vector_norm(expected.float() - block_input.float(), dim=-1).detach()
-    if valid is not None:
-        error, update = error[valid], update[valid]
-    # A teacher's block that adds nothing at all is possible, in a model of zeros.
-    return error.mean() / update.mean().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def logit_kl(given: Tensor, expected: Tensor, temperature: float = 1.0, valid: Tensor | None = None) -> Tensor:
-    """`temperature**2 * KL(expected || given)` of softened distributions, mean over tokens, in nats.
-
-    Args:
-        given: The student's logits, `[B, T, V]`.
-        expected: The teacher's, `[B, T, V]`.
-        temperature: Both are divided by it. Default: 1.
-        valid: `[B, T]` bool, true where a token counts. Default: all do.
-    """
-    given, expected = given.flatten(0, -2), expected.flatten(0, -2)
-    if valid is not None:
-        given, expected = given[valid.flatten()], expected[valid.flatten()]
-    log_given = (given.float() / temperature).log_softmax(-1)
-    log_expected = (expected.float() / temperature).log_softmax(-1)
-    divergence = functional.kl_div(log_given, log_expected, log_target=True, reduction="sum")
-    return divergence * temperature**2 / given.shape[0]
-
-
-@torch.no_grad()
-def record_layers(teacher: PreTrainedModel, input_ids: Tensor, layers: Iterable[int]) -> dict[int, LayerCall]:
-    """Arguments, keyword arguments and output hidden states of the teacher's decoder layers on `[B, T]` int64."""
-    calls: dict[int, LayerCall] = {}
-
-    def record(index: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            calls[index] = args, kwargs, output_of(output)
-
-        return hook
-
-    handles = [decoder_layers(teacher)[i].register_forward_hook(record(i), with_kwargs=True) for i in layers]
-    try:
-        teacher.base_model(input_ids=input_ids, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def output_of(result: Any) -> Tensor:
-    """Hidden states among what a decoder layer returns."""
-    return result[0] if isinstance(result, tuple) else result
-
-
-def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Hidden states among what a decoder layer was called with."""
-    return args[0] if args else kwargs["hidden_states"]
+def make_stage(
+    options: TrainingStage, teacher: PreTrainedModel, student: PreTrainedModel, seed: int = 0
+) -> StageModule:
+    """The stage that belongs to a part of the recipe; arguments as of `StageModule`."""
+    return STAGE_CLASSES[type(options)](options, teacher, student, seed)
 
 
 @contextmanager
@@ -186,7 +191,8 @@ def only_these_train(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -
 def what_trains(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[str]:
     """Lines on what is trainable and what is frozen: names by pattern, with their counts."""
     lines = []
-    frozen = {name: value for name, value in model.named_parameters() if name not in parameters}
+    trained = {id(value) for value in parameters.values()}
+    frozen = {plain_name(name): value for name, value in model.named_parameters() if id(value) not in trained}
     for title, group in (("trainable", parameters), ("frozen", frozen)):
         lines.append(f"{title}: {sum(value.numel() for value in group.values()):,} parameters")
         lines += [f"  {pattern}: {numel:,}" for pattern, numel in patterns(group).items()]

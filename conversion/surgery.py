@@ -18,7 +18,7 @@ from hf_memory.models.hybrid.modeling_hybrid import (
 )
 
 
-__all__ = ["build_student", "decoder_layers", "memory_parameters", "memory_slots"]
+__all__ = ["build_student", "decoder_layers", "memory_parameters", "memory_slots", "new_parameters"]
 
 DEFAULT_WINDOW = 512
 # x where the nonlinearity of an output gate is 1: gates start open.
@@ -101,6 +101,19 @@ def memory_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
     """Parameters that the teacher does not have, by name: those of the memories and of their gates."""
     own = {id(parameter) for slot in memory_slots(student).values() for parameter in slot.parameters()}
     return {name: parameter for name, parameter in student.named_parameters() if id(parameter) in own}
+
+
+def new_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Those of `memory_parameters` that no projection of attention was written into, by name."""
+    heads, head_dim = student.config.attention_heads
+    rows, width = heads * head_dim, student.config.hidden_size
+    inherited: set[int] = set()
+    for slot in memory_slots(student).values():
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            projection = getattr(slot.memory, name)
+            if tuple(projection.weight.shape) == ((width, rows) if name == "o_proj" else (rows, width)):
+                inherited |= set(map(id, projection.parameters()))
+    return {name: value for name, value in memory_parameters(student).items() if id(value) not in inherited}
 
 
 @torch.no_grad()

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches
 from hf_memory.conversion.progress import Interruption, Voice
-from hf_memory.conversion.recipe import ConversionError, DistillStage, TrainingStage
-from hf_memory.conversion.stages import Align, Distill, only_these_train, what_trains
+from hf_memory.conversion.schema import ConversionError
+from hf_memory.conversion.stage_options import TrainingStage
+from hf_memory.conversion.stages import StageModule, only_these_train, what_trains
 
 
 BETAS = (0.9, 0.95)
@@ -62,7 +63,7 @@ def make_accelerator(device: torch.device, dtype: torch.dtype) -> Accelerator:
 
 
 def train_stage(
-    run: Run, label: str, stage: Align | Distill, batches: Batches, steps: int, done: Checkpoint | None
+    run: Run, label: str, stage: StageModule, batches: Batches, steps: int, done: Checkpoint | None
 ) -> None:
     """Train one stage to its end.
 
@@ -78,21 +79,22 @@ def train_stage(
         ConversionError: A loss or gradient that is not finite, or a checkpoint that cannot be written.
         KeyboardInterrupt: After a checkpoint, when asked to stop.
     """
-    as_masters(stage.parameters)
-    run.trained |= stage.parameters
+    as_masters(stage.parameters_by_name)
+    before = dict(run.trained)
+    run.trained |= stage.parameters_by_name
     start = 0 if done is None else done.step
     if done is not None:
         load_tensors(run.trained, done.tensors)
-    for line in what_trains(run.student, stage.parameters):
+    for line in what_trains(run.student, stage.parameters_by_name):
         run.voice.say(line)
-    if not stage.parameters:
+    if not stage.parameters_by_name:
         run.voice.say(f"{label}: nothing to train, left out")
         return
     optimizer = make_optimizer(stage)
     if done is not None:
-        restore_moments(optimizer, stage.parameters, done.tensors)
+        restore_moments(optimizer, stage.parameters_by_name, done.tensors)
     stage.prepare()
-    with only_these_train(run.student, stage.parameters), Interruption() as interruption:
+    with only_these_train(run.student, stage.parameters_by_name), Interruption() as interruption:
         loop = _Loop(run, label, stage, batches, steps, optimizer)
         with run.voice.progress(label, steps, start) as bar, _kept(run.work):
             saved_at = time.monotonic()
@@ -106,6 +108,7 @@ def train_stage(
                 if interruption.asked:
                     run.voice.say(f"Stopped after the checkpoint {name}; the same command continues from it.")
                     raise KeyboardInterrupt
+    run.trained = before | stage.finish()
 
 
 class _Loop:
@@ -115,7 +118,7 @@ class _Loop:
         self,
         run: Run,
         label: str,
-        stage: Align | Distill,
+        stage: StageModule,
         batches: Batches,
         steps: int,
         optimizer: torch.optim.Optimizer,
@@ -123,14 +126,15 @@ class _Loop:
         self.run, self.label, self.stage, self.batches, self.steps = run, label, stage, batches, steps
         self.optimizer, self.log = optimizer, run.work.log()
         self.number = run.labels.index(label)
-        self.device = next(iter(stage.parameters.values())).device
+        self.device = next(iter(stage.parameters_by_name.values())).device
         self.began, self.tokens = time.monotonic(), 0
 
     def step(self, step: int) -> str:
         """One update; what the progress bar says about it."""
         run, options = self.run, self.stage.options
         # Dropout, where a teacher has it, then needs no state of a generator in the checkpoint.
-        torch.manual_seed(seed_of(*self.batches.seeds, step))
+        self.stage.step_seed = seed_of(*self.batches.seeds, step)
+        torch.manual_seed(self.stage.step_seed)
         blocks = self.batches[step].to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, group["peak"], step, self.steps)
@@ -139,12 +143,12 @@ class _Loop:
         for part in blocks.chunk(min(options.accumulate, len(blocks))):
             weight = len(part) / len(blocks)
             with run.accelerator.autocast():
-                value, parts = self.stage.loss(part)
+                value, parts = self.stage(part)
             run.accelerator.backward(value * weight)
             loss += value.item() * weight
-            figures = {name: figures.get(name, 0.0) + part_value * weight for name, part_value in parts.items()}
+            figures = {name: figures.get(name, 0.0) + float(part_value) * weight for name, part_value in parts.items()}
         self._check(loss, "loss", step)
-        norm = float(run.accelerator.clip_grad_norm_(list(self.stage.parameters.values()), options.clip))
+        norm = float(run.accelerator.clip_grad_norm_(list(self.stage.parameters_by_name.values()), options.clip))
         self._check(norm, "gradient", step)
         self.optimizer.step()
         self.tokens += blocks[:, 1:].numel()
@@ -170,7 +174,7 @@ class _Loop:
         """Write a checkpoint behind `step` updates; its name."""
         tensors = {f"weight.{name}": value.detach().cpu() for name, value in self.run.trained.items()}
         if step < self.steps:
-            tensors |= moments(self.optimizer, self.stage.parameters)
+            tensors |= moments(self.optimizer, self.stage.parameters_by_name)
         numbers = {"stage": self.label, "step": step, "threads": torch.get_num_threads()} | self.run.identity
         return self.run.work.save(Checkpoint(self.label, step, numbers, tensors)).name
 
@@ -198,17 +202,17 @@ def learning_rate(options: TrainingStage, peak: float, step: int, steps: int) ->
     return peak * (options.floor + (1 - options.floor) * 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
-def make_optimizer(stage: Align | Distill) -> torch.optim.AdamW:
+def make_optimizer(stage: StageModule) -> torch.optim.AdamW:
     """AdamW in which matrices decay and vectors do not, and what the teacher has too may learn more slowly."""
     options = stage.options
     memories = set(stage.memories)
-    kept_lr = options.kept_lr if isinstance(options, DistillStage) and options.kept_lr is not None else options.lr
+    kept_lr = options.lr if options.kept_lr is None else options.kept_lr
     groups = []
     for peak, own in ((options.lr, True), (kept_lr, False)):
         for decay, is_matrix in ((options.weight_decay, True), (0.0, False)):
             chosen = [
                 value
-                for name, value in stage.parameters.items()
+                for name, value in stage.parameters_by_name.items()
                 if (name in memories) == own and (value.ndim >= 2) == is_matrix
             ]
             if chosen:

@@ -31,16 +31,17 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from stdlib_text import source_files
+from stdlib_text import library_text
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from hf_memory.conversion.card import write_card
 from hf_memory.conversion.data import bytes_per_token, load_corpus
 from hf_memory.conversion.evaluate import SPEED_CONTEXTS, paired_difference
-from hf_memory.conversion.recipe import ConversionError, DistillStage, InitStage, Recipe, read_recipe
+from hf_memory.conversion.recipe import ConversionError, Recipe, read_recipe
 from hf_memory.conversion.report import environment, measure, rich_table, write_report
 from hf_memory.conversion.run import convert
+from hf_memory.conversion.stage_options import DistillStage, InitStage
 
 
 HERE = Path(__file__).resolve().parent
@@ -54,17 +55,12 @@ CONTINUED_LR = 1e-4
 """Of the teacher that is trained on: low, since it has been trained to the end already."""
 FIRST_LOOK = 2
 """Held-out blocks that each conversion is measured on by itself; the comparison of all reads those of the recipe."""
-SPARE_TEXT = 1.5
-"""Bytes of the library that are put aside for every token that is trained on."""
 PROMPT_CHARACTERS, NEW_TOKENS = 600, 240
 
 PLACES = {"replace": "in the place of attention", "retrofit": "beside attention that sees the last {} tokens only"}
 
 PLAN, TEXT = "plan.json", "text"
 """What is in the output before the first model is."""
-
-# Tables of character sets, which the teacher was not trained on either.
-TABLES = "encodings"
 
 CONTINUE = """
 import sys
@@ -80,31 +76,6 @@ options = {"max_new_tokens": int(sys.argv[2]), "do_sample": True, "temperature":
 text = generator(prompt, **options)[0]["generated_text"]
 sys.stdout.buffer.write(text.encode("utf-8", "replace"))
 """
-
-
-def library_text(folder: Path, tokens: int, seed: int) -> tuple[Path, Path]:
-    """Copies of files of the standard library, in folders of their own to train on and held out.
-
-    To train on there are as many files, chosen at random, as the tokens ask for.
-    """
-    training, held_out = source_files()
-    training = [path for path in training if path.parent.name != TABLES]
-    chosen, size = [], 0
-    for index in np.random.default_rng(seed).permutation(len(training)):
-        if size >= SPARE_TEXT * tokens:
-            break
-        chosen.append(training[index])
-        size += training[index].stat().st_size
-    root = Path(os.path.commonpath([*training, *held_out]))
-    folders = folder / "training", folder / "held_out"
-    for files, target in ((chosen, folders[0]), (held_out, folders[1])):
-        # Left from an interrupted run, maybe of another Python.
-        shutil.rmtree(target, ignore_errors=True)
-        for path in files:
-            copy = target / path.relative_to(root)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, copy)
-    return folders
 
 
 def recipes(student: Recipe) -> dict[str, Recipe]:

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A checkout need not be installed, here and in the steps.
 sys.path.insert(0, str(ROOT))
 from hf_memory.kernels.benchmarks import rows as benchmark_rows  # noqa: E402
+from hf_memory.kernels.benchmarks.correctness import STANDARDS  # noqa: E402
 from hf_memory.kernels.benchmarks.registry import OPS  # noqa: E402
 from hf_memory.kernels.benchmarks.targets import table  # noqa: E402
 
@@ -185,6 +186,7 @@ def main(
     rows, log = output / f"{name.lower().replace(' ', '-')}.jsonl", output / "session.log"
     end, run, ended = time.monotonic() + 60 * minutes, benchmark_rows.now(), []
     with tempfile.TemporaryDirectory() as folder:
+        os.environ[STANDARDS] = folder
         todo = steps(device, quick, rows, Path(folder))
         for i, step in enumerate(todo):
             left = end - time.monotonic() - GRACE

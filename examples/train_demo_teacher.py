@@ -6,7 +6,9 @@ finished model too. Two single-threaded processes share the work of two cores:
 
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/train_demo_teacher.py --minutes 100 --output runs/teacher
 
-A checkpoint is written every five minutes; the same command continues from it.
+A checkpoint is written every five minutes; the same command continues from it. A GPU has time for a larger teacher:
+
+python examples/train_demo_teacher.py --device cuda --size 512x8x8 --packages --tokens-per-step 65536 --minutes 5
 """
 
 import json
@@ -24,7 +26,7 @@ import typer
 from rich.progress import Progress
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stdlib_text import END, byte_tokenizer, fingerprint, read, source_files
+from stdlib_text import END, TABLES, byte_tokenizer, fingerprint, read, source_files
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -37,20 +39,19 @@ DECAY_FROM = 0.65
 MATRIX_LR = 0.02
 OTHER_LR = 3e-3
 CHECKPOINT_SECONDS = 300
-# Tables of character sets: a tenth of the library, and nothing to learn from.
-TABLES = "encodings"
 
 
-def teacher_config() -> LlamaConfig:
-    """2.4 million parameters, two query heads for each key head."""
+def teacher_config(size: str = "256x4x4") -> LlamaConfig:
+    """Two query heads for each key head: 2.4 million parameters by default, 20 million at 512x8x8."""
+    hidden, layers, heads = map(int, size.split("x"))
     return LlamaConfig(
         vocab_size=256,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        head_dim=hidden // heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=END,
@@ -104,23 +105,25 @@ def reduce(tensors: list[torch.Tensor], divisor: int) -> None:
         tensor.copy_(part.view_as(tensor)).div_(divisor)
 
 
-def training_text() -> np.ndarray:
-    files, _ = source_files()
+def training_text(packages: bool = False) -> np.ndarray:
+    files, _ = source_files(packages)
     return read([path for path in files if path.parent.name != TABLES], end=bytes([END]))
 
 
-def batch(text: np.ndarray, step: int, share: float, rank: int, processes: int) -> torch.Tensor:
-    """This process's blocks of a step, `[B, T + 1]`."""
+def batch(text: np.ndarray, tokens: int, step: int, share: float, rank: int, processes: int) -> torch.Tensor:
+    """This process's blocks of a step of so many tokens, `[B, T + 1]`."""
     length = [size for start, size in BLOCKS if share >= start][-1]
-    rows = TOKENS_PER_STEP // length // processes
+    rows = tokens // length // processes
     draw = np.random.default_rng((step, rank))
     starts = draw.integers(0, len(text) - length - 1, rows)
     return torch.from_numpy(np.stack([text[start : start + length + 1] for start in starts]).astype(np.int64))
 
 
 def loss_of(model: LlamaForCausalLM, blocks: torch.Tensor) -> torch.Tensor:
-    logits = model(blocks[:, :-1], use_cache=False).logits
-    return functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
+    blocks = blocks.to(model.device)
+    with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+        logits = model(blocks[:, :-1], use_cache=False).logits
+    return functional.cross_entropy(logits.float().flatten(0, 1), blocks[:, 1:].flatten())
 
 
 @torch.no_grad()
@@ -145,7 +148,7 @@ def save_checkpoint(path: Path, model: LlamaForCausalLM, muon: Muon, adam: torch
 
 
 def load_checkpoint(path: Path, model: LlamaForCausalLM, muon: Muon, adam: torch.optim.Adam) -> dict:
-    tensors = load_file(path)
+    tensors = load_file(path, str(model.device))
     with torch.no_grad():
         for name, value in model.named_parameters():
             value.copy_(tensors[f"model.{name}"])
@@ -168,14 +171,18 @@ def main(
     minutes: Annotated[float, typer.Option(help="How long to train, spread over restarts")] = 100,
     output: Annotated[Path, typer.Option(help="Where checkpoint, log and model go")] = Path("runs/teacher"),
     seed: Annotated[int, typer.Option()] = 0,
+    size: Annotated[str, typer.Option(help="HIDDENxLAYERSxHEADS")] = "256x4x4",
+    packages: Annotated[bool, typer.Option("--packages", help="Read the installed packages too")] = False,
+    tokens_per_step: Annotated[int, typer.Option()] = TOKENS_PER_STEP,
+    device: Annotated[str, typer.Option(help="cpu or cuda; a GPU computes in bfloat16")] = "cpu",
 ) -> None:
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         dist.init_process_group("gloo")
     set_seed(seed)
     output.mkdir(parents=True, exist_ok=True)
-    text = training_text()
-    model = LlamaForCausalLM(teacher_config())
+    text = training_text(packages)
+    model = LlamaForCausalLM(teacher_config(size)).to(device)
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     others = [parameter for parameter in model.parameters() if all(parameter is not matrix for matrix in matrices)]
     muon, adam = Muon(matrices), torch.optim.Adam(others, lr=OTHER_LR, betas=(0.9, 0.95))
@@ -200,7 +207,7 @@ def main(
             share = share.item()
             if share >= 1:
                 break
-            loss = loss_of(model, batch(text, at["step"], share, rank, processes))
+            loss = loss_of(model, batch(text, tokens_per_step, at["step"], share, rank, processes))
             model.zero_grad()
             loss.backward()
             reduce([parameter.grad for parameter in model.parameters()], processes)
@@ -209,7 +216,7 @@ def main(
             adam.param_groups[0]["lr"] = OTHER_LR * fall
             adam.step()
             recent.append(loss.item() / math.log(2))
-            at = {"step": at["step"] + 1, "seconds": time.monotonic() - start, "bytes": at["bytes"] + TOKENS_PER_STEP}
+            at = {"step": at["step"] + 1, "seconds": time.monotonic() - start, "bytes": at["bytes"] + tokens_per_step}
             bar.update(task, completed=share, description=f"Training, {recent[-1]:.2f} bits/byte")
             if rank == 0 and at["step"] % 50 == 0:
                 row = at | {"train_bits": round(sum(recent) / len(recent), 4)}

@@ -150,9 +150,10 @@ def test_a_teacher_that_is_not_there_leaves_nothing(demo: ModuleType, arguments:
 
 
 def test_the_library_is_copied_by_whole_packages(demo: ModuleType, tmp_path: Path, monkeypatch):
-    every, kept = demo.source_files()
+    stdlib = importlib.import_module("stdlib_text")
+    every, kept = stdlib.source_files()
     kept = [path for path in kept if "json" in path.parts]
-    monkeypatch.setattr(demo, "source_files", lambda: (every, kept))
+    monkeypatch.setattr(stdlib, "source_files", lambda packages: (every, kept))
     training, held_out = demo.library_text(tmp_path, tokens=10_000, seed=0)
     assert {path.relative_to(held_out).parts[0] for path in held_out.rglob("*.py")} == {"json"}
     chosen = list(training.rglob("*.py"))

@@ -249,3 +249,45 @@ def test_session_fills_its_folder(example, tmp_path: Path):
     rows = [json.loads(line) for line in (tmp_path / "cpu.jsonl").read_text().splitlines()]
     assert {row["op"] for row in rows} == {"anchored_mlp", "matmul", "model"}
     assert {row["run"] for row in rows} == {summary["run"]}
+
+
+def test_conversion_curve_compares_with_the_best_control(example, tmp_path: Path):
+    curve = example("conversion_curve")
+    given = [("continued", 0, 1.0, 1.0), ("continued", 0, 1.1, 1.0), ("off", 2, 1.4, 1.5), ("titans", 2, 1.05, 1.2)]
+    rows = [
+        {"memory": memory, "layers": layers, "tokens": 100, "bits": bits, "bits_late": late, "teacher_bits_late": 1.1}
+        for memory, layers, bits, late in given
+    ]
+    *_, off, titans = curve.with_gaps(rows)
+    assert titans["gap"] == pytest.approx(0.05) and titans["closed"] == pytest.approx(0.3 / 0.4)
+    assert off["closed"] is None
+    curve.plot([off, titans], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_conversion_curve_gives_every_point_its_recipe(example, tmp_path: Path):
+    curve = example("conversion_curve")
+    from hf_memory.conversion.recipe import read_recipe
+
+    setting = curve.Setting("teacher", (tmp_path, tmp_path), tmp_path, "cpu", 64, 4, 2048, 8)
+    for point in curve.points(["lattice"], [2], [10_000]):
+        words = curve.command(point, setting)[4:-1]
+        flags: dict = {}
+        for name, value in zip(words[::2], words[1::2]):
+            name = name.removeprefix("--").replace("-", "_")
+            if name == "set":
+                flags.setdefault("set", []).append(value)
+            elif name == "memory_option":
+                flags.setdefault("memory_options", {}).update([value.split("=")])
+            else:
+                flags[name] = value
+        recipe = read_recipe(flags=flags)
+        assert sum(stage.tokens for stage in recipe.training_stages.values()) == 10_000
+
+
+@pytest.mark.slow
+def test_a_larger_teacher_and_its_conversion_in_one_call(example, tmp_path: Path, capsys):
+    example("gpu_conversion").main(output=tmp_path, minutes=1, device="cpu", jobs=1, memories="titans", quick=True)
+    rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "teacher: " in capsys.readouterr().out
+    assert all(row["teacher"] == "model" for row in rows)

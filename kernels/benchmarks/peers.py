@@ -158,18 +158,34 @@ def fla_ttt_linear(chunk_size: int) -> Provider:
         operands = (inputs["q"], inputs["k"], inputs["v"], *norm, step)
         return chunk_ttt_linear(*operands, scale=1.0, chunk_size=chunk_size, initial_state=start)[0]
 
-    return Provider(
-        "fla",
-        "ttt linear",
-        "fla-core",
-        forward,
-        None,
-        module="fla",
-        devices=("cuda",),
-        same_function=False,
-    )
+    return _beside("ttt linear", forward)
 
 
+def _fla_gated_slot_attention(inputs: Tensors) -> Tensor:
+    from fla.ops.gsa import chunk_gsa
+
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    # A gate per slot, as many slots as channels: what the model around the op has by default at this width.
+    gate = inputs["log_decay"].to(v.dtype).expand_as(v).contiguous()
+    return chunk_gsa(q, k, v, inputs["targets"].to(v.dtype), gate, scale=1.0)[0]
+
+
+def _fla_gated_oja_rule(inputs: Tensors) -> Tensor:
+    from fla.ops.gated_oja_rule import chunk_gated_oja_rule
+
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    step = inputs["step"].squeeze(-1)
+    # Lattice has no decay: a gate of one per channel of the values.
+    return chunk_gated_oja_rule(q, k, v, torch.zeros_like(v, dtype=torch.float32), step, scale=1.0)[0]
+
+
+def _beside(form: str, forward: Callable[[Tensors], Tensor]) -> Provider:
+    """A kernel of flash-linear-attention for a neighbouring function."""
+    return Provider("fla", form, "fla-core", forward, None, module="fla", devices=("cuda",), same_function=False)
+
+
+FLA_GATED_SLOT_ATTENTION = _beside("gated slot attention", _fla_gated_slot_attention)
+FLA_GATED_OJA_RULE = _beside("gated Oja rule", _fla_gated_oja_rule)
 SDPA = Provider("torch", "sdpa", "torch", _sdpa, _sdpa_decode)
 FLA_GATED_DELTA_RULE = Provider(
     "fla",

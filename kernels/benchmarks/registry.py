@@ -28,6 +28,8 @@ from .inputs import (
 )
 from .peers import (
     FLA_GATED_DELTA_RULE,
+    FLA_GATED_OJA_RULE,
+    FLA_GATED_SLOT_ATTENTION,
     FLA_MOMENTUM_DELTA_RULE,
     SDPA,
     Provider,
@@ -205,6 +207,7 @@ def _sphere_ops() -> list[Op]:
             sphere_inputs,
             grid=grid,
             options="dec, retract, slots as wide as a head",
+            peers=(FLA_GATED_OJA_RULE,),
         )
         for grid in (1, 16)
     ]
@@ -224,6 +227,7 @@ def _two_pass_ops() -> list[Op]:
             slot_inputs,
             grid=grid,
             options=f"write map {name}, read map ln_silu, slots as wide as a head",
+            peers=(FLA_GATED_SLOT_ATTENTION,),
             forms=two_pass.forms,
         )
         for name, grid in maps.items()

@@ -6,15 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hf_memory.conversion.recipe import (
-    STAGES,
-    AlignStage,
-    ConversionError,
-    DistillStage,
-    InitStage,
-    Recipe,
-    read_recipe,
-)
+from hf_memory.conversion.recipe import ConversionError, Recipe, read_recipe
+from hf_memory.conversion.stage_options import STAGES, AlignStage, DistillStage, InitStage, OnPolicyStage
 
 
 NEEDED = {"teacher": "t", "output": "o", "data": "text.txt"}
@@ -108,8 +101,8 @@ def test_a_layer_beyond_the_teacher_is_refused():
         ("held_out: 1.5", "`held_out` must be a share between 0 and 1, or a file or folder, got 1.5."),
         ("window: 8", "`window` (8) belongs to mode retrofit"),
         ("dtype: int8", "`dtype` must be one of auto, float32, bfloat16, got 'int8'."),
-        ("stages: align", "`stages` must be a list of init, align, distill, got 'align'."),
-        ("stages: [init, polish]", "`stages` must be made of init, align, distill, got 'polish'."),
+        ("stages: align", "`stages` must be a list of init, align, distill, on_policy, got 'align'."),
+        ("stages: [init, polish]", "`stages` must be made of init, align, distill, on_policy, got 'polish'."),
         ("stages: [align]", "`stages` must begin with init and name it once, got ['align']."),
         ("stages: [init, {name: align, steps: 3}]", "Unknown key `align.steps`; the keys there are: tokens, lr, "),
         ("stages: [init, {name: align, lr: -1}]", "`align.lr` must be a number above 0, got -1."),
@@ -117,6 +110,39 @@ def test_a_layer_beyond_the_teacher_is_refused():
         ("stages: [init, {name: align, warmup: 2}]", "`align.warmup` must be a number from 0 to 1, got 2."),
         ("stages: [init, {name: distill, kl_weight: 0}]", "`kl_weight` and `ce_weight` are both 0"),
         ("stages: [{name: init, lr: 1}]", "Unknown key `init.lr`; the keys there are: none."),
+        (
+            "stages: [init, {name: align, target: logits}]",
+            "`align.target` must be one of block, mixer, heads, matrix, got 'logits'.",
+        ),
+        (
+            "stages: [init, {name: align, betas: [0.9]}]",
+            "`align.betas` must be two numbers of at least 0 and below 1, got [0.9].",
+        ),
+        (
+            "stages: [init, {name: align, schedule: step}]",
+            "`align.schedule` must be one of cosine, linear, constant, wsd",
+        ),
+        (
+            "stages: [init, {name: align, schedule: wsd, warmup: 0.95}]",
+            "`warmup` (0.95) and `decay` (0.1) are shares of the steps: make them 1 at most (stage align).",
+        ),
+        ("stages: [init, {name: align, lora_merge: false}]", "say something about adapters: set `lora_rank` too"),
+        (
+            "stages: [init, {name: align, lora_rank: 4, trainable: new}]",
+            "`lora_rank` adapts weights that exist and `trainable` new has none: set it to memory or all",
+        ),
+        (
+            "stages: [init, {name: align, lora_rank: 4, lora_merge: false}, distill]",
+            "`lora_merge` false keeps adapters beside the weights: only the last stage can do that.",
+        ),
+        (
+            "stages: [init, {name: on_policy, context: 64}]",
+            "`context` is `prompt_tokens` and `new_tokens` together, 192, not 64: leave it out (stage on_policy).",
+        ),
+        (
+            "{mode: retrofit, stages: [init, {name: align, target: heads}]}",
+            "`target` heads compares a memory with the attention in whose place it stands, and mode retrofit",
+        ),
         ("[1, 2]", "must be a mapping from keys to values, got [1, 2]."),
         ("a: [", "is no YAML: "),
     ],
@@ -140,7 +166,7 @@ def test_a_wrong_value_is_one_sentence_that_names_it(tmp_path, text, sentence):
         ),
         ({"set": ["align.lr"]}, "`set` takes NAME=VALUE, got 'align.lr'."),
         ({"stages": "init,align", "set": ["distill.lr=1"]}, "a stage of this run (init, align), got 'distill.lr=1'."),
-        ({"stages": "init,aling"}, "`stages` must be made of init, align, distill, got 'aling'."),
+        ({"stages": "init,aling"}, "`stages` must be made of init, align, distill, on_policy, got 'aling'."),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(flags, sentence):
@@ -161,3 +187,15 @@ def test_surgery_alone_needs_no_data():
 def test_every_field_says_what_it_accepts():
     for schema in (Recipe, *STAGES.values()):
         assert all(entry.metadata["accepts"] for entry in fields(schema))
+
+
+def test_blocks_are_as_long_as_the_stage_needs():
+    recipe = read_recipe(flags=NEEDED | {"context": 1024})
+    lengths = {
+        1024: AlignStage(),
+        256: AlignStage(target="matrix"),
+        512: AlignStage(target="matrix", context=512),
+        96: OnPolicyStage(prompt_tokens=32, new_tokens=64),
+    }
+    assert [recipe.context_of(stage) for stage in lengths.values()] == list(lengths)
+    assert read_recipe(flags=NEEDED | {"context": 64}).context_of(AlignStage(target="matrix")) == 64

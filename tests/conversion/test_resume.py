@@ -175,7 +175,7 @@ def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(teacher, text
     recipe = tiny_recipe(teacher, text, tmp_path / "out", **OFTEN)
     from hf_memory.conversion.stages import Distill
 
-    original = Distill.loss
+    original = Distill.forward
 
     def broken(self, blocks):
         loss, figures = original(self, blocks)
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(teacher, text
 
     calls = iter(range(100))
     monkeypatch.setattr(Distill, "calls", property(lambda self: next(calls)), raising=False)
-    monkeypatch.setattr(Distill, "loss", broken)
+    monkeypatch.setattr(Distill, "forward", broken)
     with pytest.raises(ConversionError) as caught:
         convert(recipe)
     assert "The loss of stage distill is nan in step 3 of 6" in str(caught.value)

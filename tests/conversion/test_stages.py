@@ -9,19 +9,12 @@ from tiny_conversion import save_teacher, save_text, tiny_recipe, weights
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from hf_memory.conversion.recipe import AlignStage, DistillStage
+from hf_memory.conversion.layer_targets import LayerTarget, teacher_layers
+from hf_memory.conversion.losses import logit_kl, relative_l2
 from hf_memory.conversion.run import convert
-from hf_memory.conversion.stages import (
-    Align,
-    Distill,
-    block_l2,
-    decoder_layers,
-    logit_kl,
-    only_these_train,
-    patterns,
-    record_layers,
-)
-from hf_memory.conversion.surgery import build_student, memory_parameters
+from hf_memory.conversion.stage_options import AlignStage, DistillStage
+from hf_memory.conversion.stages import Align, Distill, only_these_train, patterns
+from hf_memory.conversion.surgery import build_student, decoder_layers, memory_parameters
 from hf_memory.conversion.training import as_masters, learning_rate, make_optimizer
 from hf_memory.evaluation.properties_tiny import random_model, tiny_config
 
@@ -52,81 +45,54 @@ def no_pictures(monkeypatch):
 
 
 def train(stage, student, blocks: torch.Tensor, steps: int) -> list[float]:
-    as_masters(stage.parameters)
+    as_masters(stage.parameters_by_name)
     stage.prepare()
     optimizer, losses = make_optimizer(stage), []
-    with only_these_train(student, stage.parameters):
+    with only_these_train(student, stage.parameters_by_name):
         for _ in range(steps):
             optimizer.zero_grad()
-            loss, _ = stage.loss(blocks)
+            loss, _ = stage(blocks)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
     return losses
 
 
-def test_block_l2_by_hand():
-    given, expected, read = torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)
-    given[0, 0] = torch.tensor([3.0, 4.0])  # an error of 5, 0 and 0
-    expected[0, 1:] = given[0, 1:] = torch.tensor([0.0, 2.0])  # updates of 0, 2 and 2
-    assert block_l2(given, expected, read).item() == pytest.approx((5 / 3) / (4 / 3))
-    valid = torch.tensor([[True, True, False]])
-    assert block_l2(given, expected, read, valid).item() == pytest.approx(5 / 2)
-
-
-def test_a_block_that_does_nothing_has_loss_one():
-    read, expected = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    assert block_l2(read, expected, read).item() == pytest.approx(1)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_logit_kl_is_the_divergence_from_the_teacher(temperature):
-    given, expected = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
-    p, q = (expected / temperature).softmax(-1), (given / temperature).softmax(-1)
-    by_token = temperature**2 * (p * (p / q).log()).sum(-1)
-    assert logit_kl(given, expected, temperature).item() == pytest.approx(by_token.mean().item(), rel=1e-5)
-    valid = torch.rand(2, 5) > 0.4
-    assert logit_kl(given, expected, temperature, valid).item() == pytest.approx(
-        by_token[valid].mean().item(), rel=1e-5
-    )
-    assert logit_kl(expected, expected, temperature).item() == 0
-
-
-def test_recorded_layers_are_those_of_the_forward_pass(teacher, blocks):
+def test_recorded_layers_are_those_of_the_forward_pass(teacher, student, blocks):
     hidden = teacher(input_ids=blocks, output_hidden_states=True).hidden_states
     hooks = [len(layer._forward_hooks) for layer in decoder_layers(teacher)]
-    calls = record_layers(teacher, blocks, [0, 1])
-    for index in (0, 1):
-        args, kwargs, output = calls[index]
-        assert torch.equal(args[0], hidden[index]) and torch.equal(output, hidden[index + 1])
-        assert torch.equal(decoder_layers(teacher)[index](*args, **kwargs), output)
+    calls = teacher_layers(LayerTarget("block", teacher, student), blocks)
+    assert list(calls) == [0, 2]
+    call = calls[0]
+    assert torch.equal(call.hidden_states, hidden[0]) and torch.equal(call.value, hidden[1])
+    assert torch.equal(decoder_layers(teacher)[0](*call.args, **call.kwargs), call.value)
     assert [len(layer._forward_hooks) for layer in decoder_layers(teacher)] == hooks
 
 
 def test_align_compares_every_block_on_the_teachers_own_input(teacher, student, blocks):
     stage = Align(AlignStage(), teacher, student)
-    total, figures = stage.loss(blocks)
+    total, figures = stage(blocks)
     hidden = teacher(input_ids=blocks[:, :-1], output_hidden_states=True).hidden_states
     layer, context = decoder_layers(student)[0], torch.arange(12)[None]
     given = layer(hidden[0], position_embeddings=teacher.model.rotary_emb(hidden[0], context))
-    assert figures["layer 0"] == pytest.approx(block_l2(given, hidden[1], hidden[0]).item(), rel=1e-5)
-    assert total.item() == pytest.approx(figures["layer 0"] + figures["layer 2"], rel=1e-5)
+    assert float(figures["layer 0"]) == pytest.approx(relative_l2(given, hidden[1], hidden[0]).item(), rel=1e-5)
+    assert total.item() == pytest.approx(float(figures["layer 0"] + figures["layer 2"]), rel=1e-5)
 
 
 def test_align_treats_layers_independently(teacher, student, blocks):
     stage = Align(AlignStage(), teacher, student)
-    _, before = stage.loss(blocks)
+    _, before = stage(blocks)
     with torch.no_grad():
         decoder_layers(student)[0].self_attn.memory.o_proj.weight.mul_(3)
-    _, after = stage.loss(blocks)
+    _, after = stage(blocks)
     assert after["layer 2"] == before["layer 2"] and after["layer 0"] != before["layer 0"]
 
 
 def test_retrofit_starts_at_loss_zero_inside_the_window(teacher, blocks):
     student = build_student(teacher, layers=[0, 1], mode="retrofit", window=16)
-    loss, _ = Align(AlignStage(), teacher, student).loss(blocks)
+    loss, _ = Align(AlignStage(), teacher, student)(blocks)
     assert loss.item() < 1e-5
-    divergence, _ = Distill(DistillStage(), teacher, student).loss(blocks)
+    divergence, _ = Distill(DistillStage(), teacher, student)(blocks)
     assert divergence.item() < 1e-6
 
 
@@ -156,12 +122,12 @@ def test_distill_learns_what_it_says(teacher, student, blocks, trainable):
 
 def test_distill_weighs_divergence_and_cross_entropy(teacher, student, blocks):
     options = DistillStage(temperature=2.0, kl_weight=0.5, ce_weight=0.25)
-    total, figures = Distill(options, teacher, student).loss(blocks)
+    total, figures = Distill(options, teacher, student)(blocks)
     given, expected = student(blocks[:, :-1]).logits, teacher(blocks[:, :-1]).logits
     cross_entropy = functional.cross_entropy(given.flatten(0, 1), blocks[:, 1:].flatten())
-    assert figures["kl"] == pytest.approx(logit_kl(given, expected, 2.0).item(), rel=1e-5)
-    assert figures["ce"] == pytest.approx(cross_entropy.item(), rel=1e-5)
-    assert total.item() == pytest.approx(0.5 * figures["kl"] + 0.25 * figures["ce"], rel=1e-5)
+    assert float(figures["kl"]) == pytest.approx(logit_kl(given, expected, 2.0).item(), rel=1e-5)
+    assert float(figures["ce"]) == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert total.item() == pytest.approx(0.5 * float(figures["kl"]) + 0.25 * float(figures["ce"]), rel=1e-5)
 
 
 def test_what_the_teacher_has_may_learn_more_slowly(teacher, student):

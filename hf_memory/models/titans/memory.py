@@ -165,12 +165,7 @@ class TitansMemory(nn.Module):
 
         With `overwrite`, for a single token, the tensors of `states` may become those of the states behind it.
         """
-        mixed = torch.cat([proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
-        new_states = {}
-        if self.conv is not None:
-            tail = None if states is None else states["conv"]
-            mixed, new_states["conv"] = self.conv(mixed, tail, padding_mask, cu_seqlens)
-        query, key, value = nn.functional.silu(mixed).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
+        query, key, value, new_states = self.project(hidden_states, states, padding_mask, cu_seqlens)
 
         op_states = None
         if states is not None:
@@ -179,8 +174,8 @@ class TitansMemory(nn.Module):
         # CODEPATH: memory_depth=1, the matrix memory, has an op of its own.
         op, weights = (anchored_linear, weights[0]) if len(weights) == 1 else (anchored_mlp, weights)
         read, op_states = op(
-            l2_normalize(query),
-            l2_normalize(key),
+            query,
+            key,
             value,
             self.gates(hidden_states),
             weights,
@@ -192,6 +187,22 @@ class TitansMemory(nn.Module):
             options=self.overwriting_options if overwrite else self.options,
         )
         return read, new_states | {OP_PREFIX + name: state for name, state in (op_states or {}).items()}
+
+    def project(
+        self,
+        hidden_states: Tensor,
+        states: States | None = None,
+        padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, States]:
+        """Queries, keys (of length 1) and values `[B, T, H, d]` of tokens `[B, T, D]`, and the convolution's state."""
+        mixed = torch.cat([proj(hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj)], dim=-1)
+        new_states = {}
+        if self.conv is not None:
+            tail = None if states is None else states["conv"]
+            mixed, new_states["conv"] = self.conv(mixed, tail, padding_mask, cu_seqlens)
+        query, key, value = nn.functional.silu(mixed).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
+        return l2_normalize(query), l2_normalize(key), value, new_states
 
     def anchor(self, states: States | None, rows: int) -> tuple[Tensor, ...]:
         """The memory at its last chunk boundary as `recall` takes it, `[B, H, in, out]` per memory layer."""
