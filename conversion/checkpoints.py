@@ -5,7 +5,9 @@
       recipe.yaml              what is being done
       log.jsonl                one line per step
       checkpoints/STAGE-STEP/  state.json, tensors.safetensors
+      runs/                    what trackers write, if any do
       result/OUTPUT/           the model while it is put together; renamed to OUTPUT at the end
+      published                it has been, or is about to be
 
 A checkpoint is written under another name and renamed when it is complete and on disk: what bears a checkpoint's name
 can be continued from, whenever the process was killed.
@@ -48,26 +50,45 @@ class Checkpoint:
     numbers: dict[str, Any]
     tensors: dict[str, Tensor]
 
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.step:06}"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the stage is behind, which `stop_below` may bring about before its last step."""
+        return self.numbers.get("ended", False)
+
 
 class WorkFolder:
     """`OUTPUT.converting`, held by one process; used as a context.
 
     It disappears when the context ends, unless it holds an unfinished conversion.
 
+    Args:
+        output: Where the model shall be.
+        restart: Delete what an earlier conversion left.
+        holds: False in all processes of a conversion but one: they look, and change nothing.
+
     Raises:
         ConversionError: The output exists, another process works here, or the folder cannot be made.
     """
 
-    def __init__(self, output: str | Path, restart: bool = False) -> None:
+    def __init__(self, output: str | Path, restart: bool = False, holds: bool = True) -> None:
         self.output = Path(output).expanduser()
         self.path = self.output.with_name(self.output.name + ".converting")
         self.checkpoints = self.path / "checkpoints"
         # Under its final name already: the card tells it.
         self.model = self.path / "result" / self.output.name
-        self.restart = restart
-        self._published = False
+        self.runs = self.path / "runs"
+        self.restart, self.holds = restart, holds
+        # Written before the output gets its name: beside an output it says that only the clearing away was cut off.
+        self.published = self.path / "published"
+        self.finished = False
 
     def __enter__(self) -> "WorkFolder":
+        if not self.holds:
+            return self
         self._refuse_existing()
         self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
@@ -83,6 +104,7 @@ class WorkFolder:
         try:
             # The process that held the lock may have finished meanwhile.
             self._refuse_existing()
+            self.finished = self.output.exists()
             if self.restart:
                 self._clear()
             self._remove_partial()
@@ -92,31 +114,40 @@ class WorkFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._published or not (self.path / "recipe.yaml").exists():
+        if not self.holds:
+            return
+        if self.finished or not (self.path / "recipe.yaml").exists():
+            # The marker goes last: killed before, the same command clears away the rest.
+            self._clear()
             shutil.rmtree(self.path, ignore_errors=True)
             for folder in self._made[1:]:
                 _remove_if_empty(folder)
         self._lock.release()
 
     def _refuse_existing(self) -> None:
-        if self.output.exists() or self.output.is_symlink():
-            raise ConversionError(
-                f"The output {str(self.output)!r} exists already: remove it, or choose another name."
-            )
+        there = self.output.exists() or self.output.is_symlink()
+        if there and (self.restart or not self.published.exists()):
+            raise self._exists()
+
+    def _exists(self) -> ConversionError:
+        return ConversionError(f"The output {str(self.output)!r} exists already: remove it, or choose another name.")
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if entry not in (self.path / "lock", self.published):
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
 
     def _remove_partial(self) -> None:
+        if not self.finished:
+            self.published.unlink(missing_ok=True)
         shutil.rmtree(self.model.parent, ignore_errors=True)
         for entry in self.checkpoints.glob("*" + PARTIAL):
             shutil.rmtree(entry, ignore_errors=True)
 
     def claim(self, recipe: Recipe) -> None:
         """Write the recipe down; from here on the folder outlives an error."""
-        self._write_text(self.path / "recipe.yaml", recipe.to_yaml())
+        if self.holds:
+            self._write_text(self.path / "recipe.yaml", recipe.to_yaml())
 
     def compare(self, recipe: Recipe) -> None:
         """Check that what lies here, if anything, was made by the same recipe.
@@ -131,6 +162,8 @@ class WorkFolder:
         for name in Recipe.WITHOUT_EFFECT:
             before.pop(name, None), now.pop(name, None)
         if difference := first_difference(before, now):
+            if self.finished:
+                raise self._exists()
             name, was, given = difference
             raise ConversionError(
                 f"{str(self.path)!r} has an unfinished conversion in which `{name}` was {was!r}, now it is {given!r}: "
@@ -138,7 +171,11 @@ class WorkFolder:
             )
 
     def latest(self, stages: list[str]) -> Checkpoint | None:
-        """The checkpoint that is furthest in this order of stages; older ones are removed."""
+        """The checkpoint that is furthest in this order of stages; the process that holds the folder removes others.
+
+        Raises:
+            ConversionError: It cannot be read.
+        """
         found = []
         for entry in self.checkpoints.iterdir() if self.checkpoints.is_dir() else ():
             match = NAME.fullmatch(entry.name)
@@ -147,10 +184,16 @@ class WorkFolder:
         if not found:
             return None
         *older, (index, step, folder) = sorted(found)
-        for *_, entry in older:
+        for *_, entry in older if self.holds else ():
             shutil.rmtree(entry, ignore_errors=True)
-        numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        return Checkpoint(stages[index], step, numbers, load_file(folder / "tensors.safetensors"))
+        try:
+            numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            return Checkpoint(stages[index], step, numbers, load_file(folder / "tensors.safetensors"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ConversionError(
+                f"The checkpoint {str(folder)!r} cannot be read ({' '.join(str(error).split())}): put it back, or "
+                "pass --restart (restart=True) to begin anew."
+            ) from error
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint, and remove the others once it is complete.
@@ -158,7 +201,7 @@ class WorkFolder:
         Raises:
             ConversionError: It cannot be written; those that were there still are.
         """
-        folder = self.checkpoints / f"{checkpoint.stage}-{checkpoint.step:06}"
+        folder = self.checkpoints / checkpoint.name
         beside = folder.with_name(folder.name + PARTIAL)
         try:
             shutil.rmtree(beside, ignore_errors=True)
@@ -199,9 +242,13 @@ class WorkFolder:
         """Give the finished model its name; the rest of the folder goes with the end of the context."""
         for entry in (*self.model.rglob("*"), self.model):
             _flush(entry)
-        self._refuse_existing()
+        if self.output.exists() or self.output.is_symlink():
+            raise self._exists()
+        self.published.touch()
+        _flush(self.path)
         self.model.rename(self.output)
-        self._published = True
+        _flush(self.output.parent)
+        self.finished = True
         return self.output
 
     def log(self) -> "Log":

@@ -1,6 +1,7 @@
 """Text to blocks of tokens: files, folders and datasets, read with the teacher's tokenizer, in a fixed order."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ PIECE = 2**20
 PIECES_AT_ONCE = 64
 # A binary file has a zero byte early on, text has none.
 SNIFF = 8192
+# The source that is text of the teacher's own.
+TEACHER = "teacher"
 FILE_SUFFIXES = (".csv", ".gz", ".html", ".json", ".jsonl", ".md", ".parquet", ".py", ".text", ".txt", ".xml", ".zip")
 
 
@@ -93,7 +96,12 @@ class Batches:
         return self._shuffled[1]
 
 
-def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progress: Progress | None = None) -> Corpus:
+def load_corpus(
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerBase",
+    on_progress: Progress | None = None,
+    tokens: np.ndarray | None = None,
+) -> Corpus:
     """Read, tokenise and split the data of a recipe.
 
     Files and folders are read whole; of a dataset, a quarter more than the stages train on.
@@ -102,6 +110,7 @@ def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progres
         recipe: With `data` set.
         tokenizer: The teacher's; documents are joined by its end-of-text token, if it has one.
         on_progress: Called as `on_progress(tokens, bytes)` while it reads.
+        tokens: `[N]` integers in place of the recipe's data.
 
     Raises:
         ConversionError: Data that cannot be found or read, or is too short.
@@ -109,7 +118,8 @@ def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progres
     sources = recipe.data if isinstance(recipe.data, list) else [recipe.data]
     stages = list(recipe.training_stages.values())
     limit = sum(stage.tokens for stage in stages) * 5 // 4
-    tokens = encode(documents(sources, recipe), tokenizer, limit, on_progress)
+    if tokens is None:
+        tokens = encode(documents(sources, recipe), tokenizer, limit, on_progress)
     name, longest = ", ".join(sources), max([recipe.context, *(recipe.context_of(stage) for stage in stages)])
     if isinstance(recipe.held_out, str):
         train, held_out = tokens, encode(documents([recipe.held_out], recipe), tokenizer, limit, on_progress)
@@ -204,9 +214,15 @@ def documents(sources: Sequence[str], recipe: Recipe) -> Iterator[tuple[str, boo
     """The texts of files, folders and datasets, each with whether it is one of many that need not all be read."""
     for source in sources:
         path = Path(source).expanduser()
-        if path.exists():
+        try:
+            exists = path.exists()
+        except OSError as error:  # a folder on the way that may not be entered
+            raise unreadable(source, error) from error
+        if exists:
             for file in text_files(path):
                 yield file, False
+        elif source == TEACHER:
+            raise ConversionError("Text of the teacher's own is read alone: give `data: teacher`, or leave it out.")
         elif looks_like_a_path(source):
             raise ConversionError(f"There is no file or folder {source!r} to read data from.")
         else:
@@ -226,10 +242,8 @@ def text_files(path: Path) -> Iterator[str]:
             raise ConversionError(f"The data {str(path)!r} is no text file: it has zero bytes in it.")
         yield text
         return
-    inside = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    visible = [file for file in inside if not any(part.startswith(".") for part in file.parts)]
     found = False
-    for file in visible:
+    for file in visible_files(path):
         text = read_text(path / file)
         if text is not None:
             found = True
@@ -238,12 +252,33 @@ def text_files(path: Path) -> Iterator[str]:
         raise ConversionError(f"The folder {str(path)!r} holds no text files.")
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """Files in a folder and its folders, by their path inside it; none that is hidden.
+
+    Raises:
+        ConversionError: A folder that cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(error.filename, error) from error
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(file.relative_to(folder) for file in found if file.is_file())
+
+
+def unreadable(source: str | Path, error: OSError) -> ConversionError:
+    return ConversionError(f"The data {str(source)!r} cannot be read: {error.strerror}.")
+
+
 def read_text(file: Path) -> str | None:
     """A file as UTF-8, with the replacement character for what is none; `None` for a binary file."""
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise ConversionError(f"The data {str(file)!r} cannot be read: {error.strerror}.") from error
+        raise unreadable(file, error) from error
     return None if b"\0" in content[:SNIFF] else content.decode("utf-8", errors="replace")
 
 

@@ -16,14 +16,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_TO_INSIST = 1.0
 
 
 class Voice:
-    """Sentences and progress on standard error, which leave standard output to results."""
+    """Sentences and progress on standard error, which leave standard output to results.
 
-    def __init__(self) -> None:
+    Args:
+        silent: Say nothing, as all processes of a conversion but one do.
+    """
+
+    def __init__(self, silent: bool = False) -> None:
         terminal = sys.stderr.isatty()
-        self.console = Console(stderr=True, width=None if terminal else 160, highlight=False, soft_wrap=not terminal)
+        self.silent = silent
+        self.console = Console(
+            stderr=True, width=None if terminal else 160, highlight=False, soft_wrap=not terminal, quiet=silent
+        )
 
     def say(self, text: str) -> None:
         self.console.print(escape(text))
@@ -43,7 +51,7 @@ class Bar:
         self.voice, self.what, self.total, self.start = voice, what, total, done
         self.began = self.printed = time.monotonic()
         self.drawn: Progress | None = None
-        if voice.console.is_terminal:
+        if voice.console.is_terminal and not voice.silent:
             columns = [
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -86,15 +94,33 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+@contextmanager
+def sigterm_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that what is half done is cleared away."""
+
+    def obey(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    # Python delivers signals to the main thread only, and refuses handlers from any other.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, obey)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class Interruption:
-    """Ctrl-C and SIGTERM noted instead of obeyed, so that a step is never cut in two; a second one is obeyed."""
+    """Ctrl-C and SIGTERM noted instead of obeyed, so that a step is never cut in two; a later second one is obeyed."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Interruption:
-        # Python delivers signals to the main thread only, and refuses handlers from any other.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
@@ -105,6 +131,9 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        # A terminal signals all processes, and a launcher among them signals its own once more at the same time.
+        if self.asked and now - self._asked_at >= SECONDS_TO_INSIST:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._asked_at = True, now

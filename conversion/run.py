@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,25 +16,30 @@ from safetensors import SafetensorError
 
 from hf_memory._cli.loading import UserError, load_config, load_model, load_tokenizer, resolve_device
 from hf_memory._cli.state_size import build_without_weights
+from hf_memory.conversion.adapters import load_adapters, save_adapters
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
-from hf_memory.conversion.progress import Voice
+from hf_memory.conversion.processes import (
+    check_equal,
+    from_main,
+    leave,
+    lost_another,
+    make_accelerator,
+    place_of,
+    together,
+    tracked,
+)
+from hf_memory.conversion.progress import Voice, sigterm_like_ctrl_c
 from hf_memory.conversion.recipe import ConversionError, Recipe
+from hf_memory.conversion.sampling import SampledText, is_teacher, sampled_size
 from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
-from hf_memory.conversion.training import (
-    Run,
-    as_masters,
-    fingerprint,
-    load_tensors,
-    make_accelerator,
-    seed_of,
-    train_stage,
-)
+from hf_memory.conversion.training import Run, fingerprint, last_checkpoint, seed_of, train_stage
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # A curve in the report has so many points at most, each the mean of the steps around it.
@@ -46,7 +52,10 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
 
     What is not finished lies in `<output>.converting`; the output appears in one step when it is complete. A
     conversion that was cut off, whether by Ctrl-C, an error or a kill, goes on from its last checkpoint when the same
-    recipe is given again, and with the same number of threads ends in the same weights, bit for bit.
+    recipe is given again, and with the same number of threads and processes ends in the same weights, bit for bit.
+
+    Under `torchrun` or `accelerate launch` every process calls this; each takes its share of every batch, and they end
+    within rounding of one process.
 
     Args:
         recipe: What to do.
@@ -57,7 +66,7 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
 
     Raises:
         ConversionError: One sentence, for an input that cannot be used, a work folder that belongs to another recipe,
-            a loss that is not finite, or a disk that is full.
+            a loss that is not finite, a disk that is full, or another process that ended.
         KeyboardInterrupt: After Ctrl-C or SIGTERM, behind a checkpoint.
 
     Example:
@@ -70,43 +79,92 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
     >>> convert(recipe)
     ```
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConversionError("A conversion runs in one process: start it without torchrun or accelerate launch.")
     try:
-        with WorkFolder(recipe.output, restart) as work:
-            return _Conversion(recipe, work).run()
+        device = resolve_device(recipe.device)
+        runs = WorkFolder(recipe.output).runs
+        accelerator = make_accelerator(device, _compute_dtype(recipe, device), recipe.report_to, runs)
+        with sigterm_like_ctrl_c(), ExitStack() as stack:
+            work = WorkFolder(recipe.output, restart, accelerator.is_main_process)
+            with together(accelerator):
+                stack.enter_context(work)
+            folder = _Conversion(recipe, work, accelerator).run()
+        leave(accelerator)
+        return folder
     except UserError as error:
         raise ConversionError(str(error)) from error
     except StrictDataclassError as error:
         # A field of the memory's configuration; the cause has the sentence.
         raise ConversionError(f"A memory cannot be built like this: {error.__cause__ or error}") from error
+    except RuntimeError as error:
+        if lost_another(error):
+            good = work.last_good() or "none yet"
+            raise ConversionError(
+                f"Another process of this conversion has ended; it said why (last good checkpoint: {good})."
+            ) from error
+        raise
 
 
 class _Conversion:
     """One call of `convert`."""
 
-    def __init__(self, recipe: Recipe, work: WorkFolder) -> None:
-        self.work, self.voice = work, Voice()
+    def __init__(self, recipe: Recipe, work: WorkFolder, accelerator: Accelerator) -> None:
+        self.work, self.accelerator = work, accelerator
+        self.voice = Voice(silent=not accelerator.is_main_process)
         self.origin = (recipe.trust_remote_code, recipe.revision)
         self.config = self._teacher_config(recipe)
         count = self.config.get_text_config(decoder=True).num_hidden_layers
         # Numbers instead of words, so that the same layers under another name are the same recipe.
         self.recipe = replace(recipe, layers=recipe.layer_numbers(count))
-        self.device = resolve_device(recipe.device)
+        self.device = place_of(accelerator, resolve_device(recipe.device))
         self.dtype = _compute_dtype(recipe, self.device)
 
     def run(self) -> Path:
-        self.work.compare(self.recipe)
-        self._check_surgery()
-        tokenizer, corpus = self._text()
-        self.work.claim(self.recipe)
+        main = self.accelerator.is_main_process
+        with together(self.accelerator):
+            self._check_shares()
+            self.work.compare(self.recipe)
+        if from_main(self.accelerator, self.work.finished):
+            self.voice.say(f"{str(self.work.output)!r} was finished before.")
+            return self.work.output
+        with together(self.accelerator):
+            self._check_surgery()
+            if main and is_teacher(self.recipe.data):
+                self.work.claim(self.recipe)
+                self._sample()
+        with together(self.accelerator):
+            tokenizer, corpus = self._text()
+            self.work.claim(self.recipe)
         # Teacher and student of the training are gone by the time the model is built again.
-        final = self._final_model(self._train(corpus))
+        trained = self._train(corpus)
+        with together(self.accelerator):
+            if main:
+                self._write(trained, tokenizer, corpus)
+        return self.work.output
+
+    def _check_shares(self) -> None:
+        count = self.accelerator.num_processes
+        for label, stage in self.recipe.training_stages.items():
+            size = self.recipe.batch_size_of(stage)
+            if size % count:
+                raise ConversionError(
+                    f"`batch_size` {size} of stage {label} cannot be shared evenly among {count} processes: give a "
+                    f"multiple of {count}."
+                )
+
+    def _write(
+        self, trained: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
+    ) -> None:
+        final = self._final_model(trained)
         try:
-            self._assemble(final, tokenizer, corpus)
-            return self.work.publish()
-        except (OSError, SafetensorError) as error:
-            raise self.work.unwritable(error) from error
+            self._assemble(final, trained, tokenizer, corpus)
+            if self.work.runs.exists():
+                shutil.copytree(self.work.runs, self.work.model / self.work.runs.name)
+            self.work.publish()
+        # tokenizers has no class of its own for a file that it cannot write.
+        except Exception as error:
+            if isinstance(error, (OSError, SafetensorError)) or "os error" in str(error):
+                raise self.work.unwritable(error) from error
+            raise
 
     def _teacher_config(self, recipe: Recipe) -> PreTrainedConfig:
         from transformers import CONFIG_MAPPING
@@ -149,42 +207,65 @@ class _Conversion:
                 # Nothing is read: a teacher without a tokenizer becomes a student without one.
                 return None, None
         tokenizer = load_tokenizer(self.recipe.teacher, *self.origin)
+        tokens = self._sampled().read() if is_teacher(self.recipe.data) else None
         with self.voice.progress("reading, in characters", None) as bar:
-            corpus = load_corpus(self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"))
+            corpus = load_corpus(
+                self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"), tokens
+            )
         return tokenizer, corpus
+
+    def _sampled(self) -> SampledText:
+        """Text of the teacher's own, kept in the work folder: a resumed run reads the same."""
+        return SampledText(self.work.path / "sampled.bin", *sampled_size(self.recipe))
+
+    def _sample(self) -> None:
+        text = self._sampled()
+        if not text.missing:
+            return
+        tokenizer = load_tokenizer(self.recipe.teacher, *self.origin)
+        teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
+        if tokenizer.bos_token_id is None:
+            self.voice.say("The teacher has no token to begin a text with: each begins with a random one.")
+        what = "sampling from the teacher, in tokens"
+        with self.voice.progress(what, text.size, text.size - text.missing) as bar:
+            try:
+                text.write(teacher, tokenizer, self.recipe.batch_size, self.recipe.seed, bar.update)
+            except OSError as error:
+                raise self.work.unwritable(error) from error
 
     def _train(self, corpus: Corpus | None) -> dict[str, torch.Tensor]:
         """The weights that are no longer those of the start behind all stages, by name, on the CPU."""
+        from hf_memory.conversion.card import without_paths
+
         recipe, stages = self.recipe, self.recipe.training_stages
-        labels = list(stages)
-        done = self.work.latest(labels)
-        teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
-        identity = {"teacher": fingerprint(teacher), "data": corpus.fingerprint if corpus is not None else ""}
-        if done is not None:
-            self._check_unchanged(done, identity)
-        student = self._student_of(teacher).requires_grad_(True)
+        done = last_checkpoint(self.work, self.accelerator, list(stages))
+        with together(self.accelerator):
+            teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
+            identity = {"teacher": fingerprint(teacher), "data": corpus.fingerprint if corpus is not None else ""}
+            if done is not None:
+                self._check_unchanged(done, identity)
+            student = self._student_of(teacher).requires_grad_(True)
+        check_equal(self.accelerator, "a teacher", identity["teacher"])
+        check_equal(self.accelerator, "data", identity["data"])
         self._say_plan(student, corpus)
         if not stages:
             return {}
-        accelerator = make_accelerator(self.device, self.dtype)
-        run = Run(self.work, recipe.checkpoint_seconds, self.voice, accelerator, student, labels, identity)
-        self.work.log().rewind(labels, done)
+        labels = list(stages)
+        run = Run(self.work, recipe.checkpoint_seconds, self.voice, self.accelerator, student, labels, identity)
         if done is not None:
-            self.voice.say(f"Continuing from the checkpoint {done.stage}-{done.step:06}.")
+            self.voice.say(f"Continuing from the checkpoint {done.name}.")
         behind = -1 if done is None else labels.index(done.stage)
-        for number, (label, options) in enumerate(stages.items()):
-            stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
-            steps = recipe.steps_of(options)
-            if number < behind or number == behind and done.step >= steps:
-                if number == behind:
-                    reached = run.trained | stage.parameters_by_name
-                    as_masters(reached)
-                    load_tensors(reached, done.tensors)
-                run.trained |= stage.finish()
-                continue
-            size, context = recipe.batch_size_of(options), recipe.context_of(options)
-            batches = Batches(corpus.train, context, size, (recipe.seed, number))
-            train_stage(run, label, stage, batches, steps, done if number == behind else None)
+        with tracked(self.accelerator, self.work.output.name, without_paths(recipe.to_dict())):
+            for number, (label, options) in enumerate(stages.items()):
+                stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
+                steps = recipe.steps_of(options)
+                if number < behind:
+                    run.trained |= stage.finish()
+                    run.steps_behind += steps
+                    continue
+                size, context = recipe.batch_size_of(options), recipe.context_of(options)
+                batches = Batches(corpus.train, context, size, (recipe.seed, number))
+                train_stage(run, label, stage, batches, steps, done if number == behind else None)
         return {name: value.detach().cpu() for name, value in run.trained.items()}
 
     def _load_teacher(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
@@ -195,14 +276,16 @@ class _Conversion:
         for name, value in identity.items():
             if done.numbers.get(name) != value:
                 raise ConversionError(
-                    f"The {name} is not what checkpoint {done.stage}-{done.step:06} was trained with: put it back "
+                    f"The {name} is not what checkpoint {done.name} was trained with: put it back "
                     "to continue, or pass --restart (restart=True) to begin anew."
                 )
-        if (threads := done.numbers.get("threads")) != torch.get_num_threads():
-            self.voice.say(
-                f"The checkpoint was made with {threads} threads, this process has {torch.get_num_threads()}: sums "
-                "may round differently from here on."
-            )
+        present = {"threads": torch.get_num_threads(), "processes": self.accelerator.num_processes}
+        for name, value in present.items():
+            if (before := done.numbers.get(name)) != value:
+                self.voice.say(
+                    f"The checkpoint was made with {name}: {before}, now they are {value}: sums may round differently "
+                    "from here on."
+                )
 
     def _say_plan(self, student: PreTrainedModel, corpus: Corpus | None) -> None:
         recipe, say = self.recipe, self.voice.say
@@ -234,7 +317,11 @@ class _Conversion:
         return final
 
     def _assemble(
-        self, final: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
+        self,
+        final: PreTrainedModel,
+        trained: dict[str, torch.Tensor],
+        tokenizer: PreTrainedTokenizerBase | None,
+        corpus: Corpus | None,
     ) -> None:
         from hf_memory.conversion.card import write_card, write_recipe
         from hf_memory.conversion.report import write_report
@@ -244,6 +331,9 @@ class _Conversion:
         if recipe.save_dtype != "teacher":
             # Through loading, which knows what has to stay in float32.
             load_model(str(folder), "cpu", recipe.save_dtype).save_pretrained(folder)
+        for stage in recipe.training_stages.values():
+            if not stage.lora_merge:
+                save_adapters(stage, trained, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         report = None
@@ -267,7 +357,7 @@ class _Conversion:
         blocks = corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
         models = {
             "teacher": self._load_teacher(precision, self.device),
-            "student": load_model(str(self.work.model), str(self.device), precision),
+            "student": load_adapters(load_model(str(self.work.model), str(self.device), precision), self.work.model),
         }
         with self.voice.progress("evaluating, in blocks", len(blocks)) as bar:
             measured = measure(

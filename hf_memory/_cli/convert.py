@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_memory.conversion.recipe import Recipe, read_recipe, split_assignment
+from hf_memory.conversion.recipe import ConversionError, Recipe, read_recipe, split_assignment
 
 
 # Flags that are no field of the recipe, or another form of one.
@@ -26,7 +26,7 @@ _OTHERS: dict[str, tuple[Any, Any, str]] = {
     "restart": (bool, False, "Delete what an unfinished conversion to the same output left."),
     "print_recipe": (bool, False, "Print the whole recipe as YAML and do nothing."),
 }
-_REPEATED = ("data",)
+_REPEATED = ("data", "report_to")
 
 
 def command() -> Callable[..., None]:
@@ -79,6 +79,7 @@ def run(given: dict[str, Any]) -> None:
 
     from huggingface_hub.utils import logging as hub_logging
 
+    from hf_memory.conversion.processes import is_main_process
     from hf_memory.conversion.report import rich_table
     from hf_memory.conversion.run import convert, read_report
     from hf_memory.evaluation.properties_subject import quiet
@@ -86,7 +87,15 @@ def run(given: dict[str, Any]) -> None:
     # What the Hub's client would warn of, such as a network that is not there, ends in a sentence of ours.
     hub_logging.set_verbosity_error()
     with quiet():
-        folder = convert(recipe, restart=own["restart"])
+        try:
+            folder = convert(recipe, restart=own["restart"])
+        except ConversionError:
+            # Several processes fail together; one says why.
+            if not is_main_process():
+                raise typer.Exit(2) from None
+            raise
+    if not is_main_process():
+        return
     report = read_report(folder)
     if report is not None:
         Console().print(rich_table(report))

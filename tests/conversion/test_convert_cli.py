@@ -99,6 +99,8 @@ WRONG = {
     "too long": ({"context": 999}, "`context` 999 is beyond the 64 positions that the teacher knows."),
     "device": ({"device": "abacus"}, "Device 'abacus' is not available here."),
     "number": ({"batch-size": "two"}, "`batch_size` must be a whole number of at least 1, got 'two'."),
+    "unknown tracker": ({"report-to": "diary"}, "`report_to` takes aim, comet_ml, mlflow, tensorboard, "),
+    "missing tracker": ({"report-to": "clearml"}, "`report_to` names clearml, which is not installed: install it, or"),
     "recipe": ({"recipe": "nowhere.yaml"}, "The recipe 'nowhere.yaml' cannot be read: No such file or directory."),
 }
 
@@ -140,10 +142,10 @@ def test_an_output_that_cannot_be_written_is_one_sentence(teacher, text, tmp_pat
     assert "cannot be written: Not a directory." in result.stderr
 
 
-def test_several_processes_are_refused(teacher, text, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    result = run(*flags(needed(teacher, text, tmp_path / "out")))
-    assert result.exit_code == 2 and "runs in one process" in result.stderr
+def test_processes_but_one_are_silent(teacher, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    result = run(*flags(needed(teacher, text, tmp_path / "out") | {"context": 999}))
+    assert result.exit_code == 2 and result.output == ""
 
 
 def test_retrofit_through_the_command(teacher, tmp_path):

@@ -1,5 +1,9 @@
 """Text becomes the same blocks in the same order every time."""
 
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -159,3 +163,46 @@ def test_a_dataset_that_cannot_be_read_is_one_sentence(tokenizer, tmp_path, monk
         ConversionError, match="no file or folder here, nor a dataset that can be read: no such dataset"
     ):
         corpus_of(tokenizer, tmp_path, "some/set")
+
+
+def forbid(monkeypatch, folder: Path) -> None:
+    """A folder that may not be read, also for root."""
+    original = os.scandir
+
+    def scandir(path="."):
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+
+def test_a_folder_that_may_not_be_read_is_one_sentence(tokenizer, tmp_path, monkeypatch):
+    for name in ("open", "closed", ".git"):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        (tmp_path / "texts" / name / "a.txt").write_text("what can be read, once and again\n" * 9, encoding="utf-8")
+    with monkeypatch.context() as patch:
+        forbid(patch, tmp_path / "texts" / ".git")  # hidden: nobody asks for it
+        corpus_of(tokenizer, tmp_path, tmp_path / "texts")
+    forbid(monkeypatch, tmp_path / "texts" / "closed")
+    with pytest.raises(ConversionError, match=r"The data '.*texts/closed' cannot be read: Permission denied\."):
+        corpus_of(tokenizer, tmp_path, tmp_path / "texts")
+
+
+def test_a_path_that_may_not_be_looked_at_is_one_sentence(tokenizer, tmp_path, monkeypatch):
+    def exists(self, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+
+    monkeypatch.setattr(Path, "exists", exists)
+    with pytest.raises(ConversionError, match=r"The data '.*/text\.txt' cannot be read: Permission denied\."):
+        corpus_of(tokenizer, tmp_path, tmp_path / "text.txt")
+
+
+def test_a_file_that_vanishes_while_others_are_read_is_one_sentence(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("text\n", encoding="utf-8")
+    texts = data.text_files(tmp_path)
+    assert next(texts) == "text\n"
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(ConversionError, match=r"The data '.*/b\.txt' cannot be read: No such file or directory\."):
+        next(texts)

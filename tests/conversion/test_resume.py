@@ -16,7 +16,7 @@ from tiny_conversion import CONTEXT, STEPS, save_teacher, save_text, tiny_recipe
 
 from hf_memory.conversion import training
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder, first_difference
-from hf_memory.conversion.recipe import ConversionError
+from hf_memory.conversion.recipe import ConversionError, Recipe
 from hf_memory.conversion.run import convert
 
 
@@ -68,15 +68,35 @@ def stop_at(monkeypatch, label: str, step: int, error: BaseException) -> None:
     monkeypatch.setattr(training._Loop, "step", failing)
 
 
-def test_a_kill_in_every_stage_changes_no_bit(teacher, text, undisturbed, tmp_path, capfd):
-    recipe = tiny_recipe(teacher, text, tmp_path / "out", **OFTEN)
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+def kill(recipe: Recipe, folder: Path, *arguments: str) -> list[str]:
+    """What `killed_conversion.py` prints about a recipe."""
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     program = Path(__file__).with_name("killed_conversion.py")
     environment = os.environ | {"PYTHONPATH": str(program.parents[2]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(program), str(tmp_path / "recipe.yaml")]
+    command = [sys.executable, str(program), str(folder / "recipe.yaml"), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert [line.split(",")[0] for line in result.stdout.splitlines()] == [
+    print(result.stdout)
+    return result.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ten_kills_at_random_moments_change_no_bit(teacher, text, undisturbed, tmp_path, seed):
+    recipe = tiny_recipe(teacher, text, tmp_path / "out", **OFTEN)
+    said = kill(recipe, tmp_path, str(seed))
+    assert len(said) == 10 and sum(line.startswith("killed") for line in said) >= 9
+    # The last kill may have hit before or after the model got its name; the same command settles either.
+    if not (tmp_path / "out").exists() or (tmp_path / "out.converting" / "published").exists():
+        assert convert(recipe) == tmp_path / "out"
+    assert_same(tmp_path / "out", undisturbed)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "recipe.yaml"]
+
+
+def test_a_kill_in_every_stage_changes_no_bit(teacher, text, undisturbed, tmp_path, capfd):
+    recipe = tiny_recipe(teacher, text, tmp_path / "out", **OFTEN)
+    said = kill(recipe, tmp_path)
+    assert [line.split(",")[0] for line in said] == [
         "killed in init",
         "killed in align",
         "killed in distill",
@@ -84,7 +104,6 @@ def test_a_kill_in_every_stage_changes_no_bit(teacher, text, undisturbed, tmp_pa
     assert not (tmp_path / "out").exists()
     folder = convert(recipe)
     assert "Continuing from the checkpoint" in capfd.readouterr().err
-    print(result.stdout)
     assert_same(folder, undisturbed)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "recipe.yaml"]
 
@@ -153,10 +172,10 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(teacher, text, undisturbe
     recipe = tiny_recipe(teacher, text, tmp_path / "out", **OFTEN)
     original, limits = training._Loop.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def save(self, step):
+    def save(self, step, ended):
         if (self.label, step) == ("align", 4):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        return original(self, step)
+        return original(self, step, ended)
 
     monkeypatch.setattr(training._Loop, "save", save)
     try:
