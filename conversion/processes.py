@@ -172,6 +172,7 @@ def tracked(accelerator: Accelerator, name: str, settings: Mapping[str, Any]) ->
         # Not `end_training`, which parts the processes too.
         for tracker in accelerator.trackers:
             tracker.finish()
+        accelerator.trackers.clear()
 
 
 def plain(settings: Mapping[str, Any], where: str = "") -> dict[str, str | int | float | bool]:

@@ -85,7 +85,8 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
             work = WorkFolder(recipe.output, restart, accelerator.is_main_process)
             with together(accelerator):
                 stack.enter_context(work)
-            folder = _Conversion(recipe, work, accelerator).run()
+                conversion = _Conversion(recipe, work, accelerator)
+            folder = conversion.run()
         leave(accelerator)
         return folder
     except UserError as error:
