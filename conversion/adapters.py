@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +22,10 @@ ADAPTER = "default"
 FOLDER = "adapter"
 # What peft puts between a module and the weights that it had.
 BASE_LAYER = ".base_layer."
+LORA = ".lora_"
+# In front of the names in its files, and the name of these.
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
 
 
 def plain_name(name: str) -> str:
@@ -80,7 +85,7 @@ class Adapters:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapters' own parameters, by name."""
-        inside = tuple(f"{name}.lora_" for name in self.targets)
+        inside = tuple(name + LORA for name in self.targets)
         return {name: value for name, value in self.model.named_parameters() if name.startswith(inside)}
 
     def merge(self) -> dict[str, nn.Parameter]:
@@ -100,28 +105,38 @@ class Adapters:
         return changed
 
 
-def save_adapters(
-    model: PreTrainedModel, options: TrainingStage, trained: Mapping[str, Tensor], folder: str | Path
-) -> Path:
+def save_adapters(options: TrainingStage, trained: Mapping[str, Tensor], folder: str | Path) -> Path:
     """Write kept adapters into `folder/adapter`, as `PeftModel.from_pretrained(model, ...)` reads them.
 
     Args:
-        model: The finished model; it has the adapters inside afterwards.
         options: The stage that trained them.
         trained: Weights by name; those of adapters are taken.
         folder: Of the model.
     """
-    from peft import get_peft_model, set_peft_model_state_dict
-
-    weights = {name: value for name, value in trained.items() if f".{ADAPTER}." in name and ".lora_" in name}
-    targets = sorted({name.partition(".lora_")[0] for name in weights})
-    wrapped = get_peft_model(model, lora_config(options, targets))
-    prefix = "base_model.model."
-    found = {prefix + name.replace(f".{ADAPTER}.", "."): value for name, value in weights.items()}
-    set_peft_model_state_dict(wrapped, found)
+    adapters = {name: value for name, value in trained.items() if LORA in name}
+    config = lora_config(options, sorted({name.partition(LORA)[0] for name in adapters}))
+    config.inference_mode = True
     place = Path(folder) / FOLDER
-    wrapped.save_pretrained(place)
+    config.save_pretrained(place)
+    weights = {PREFIX + name.replace(f".{ADAPTER}.", "."): value for name, value in adapters.items()}
+    save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
     return place
 
 
-__all__ = ["Adapters", "FOLDER", "plain_name", "save_adapters"]
+def load_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """The model with the adapters, if any were kept beside it, at work in it."""
+    place = Path(folder) / FOLDER
+    if not place.is_dir():
+        return model
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig.from_pretrained(str(place)), model, ADAPTER)
+    parameters, weights = dict(model.named_parameters()), load_file(place / WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if LORA in name:
+                parameter.data = weights[PREFIX + name.replace(f".{ADAPTER}.", ".")].to(parameter.device)
+    return model
+
+
+__all__ = ["FOLDER", "LORA", "Adapters", "load_adapters", "plain_name", "save_adapters"]

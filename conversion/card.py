@@ -13,7 +13,8 @@ from huggingface_hub import EvalResult, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_memory._cli.loading import load_config
-from hf_memory.conversion.data import looks_like_a_path
+from hf_memory.conversion.adapters import FOLDER as ADAPTER_FOLDER
+from hf_memory.conversion.data import TEACHER, looks_like_a_path
 from hf_memory.conversion.recipe import Recipe
 from hf_memory.conversion.report import Report, markdown_table, notes, shortcomings
 from hf_memory.hub import cards
@@ -161,7 +162,11 @@ def _datasets(recipe: Mapping[str, Any] | None) -> list[str]:
     """Those texts of a recipe that are data sets on the Hub."""
     sources = (recipe or {}).get("data") or []
     sources = [sources] if isinstance(sources, str) else sources
-    return [source.split(":")[0] for source in sources if not (looks_like_a_path(source) or Path(source).exists())]
+    return [
+        source.split(":")[0]
+        for source in sources
+        if source != TEACHER and not (looks_like_a_path(source) or Path(source).exists())
+    ]
 
 
 def _measured(folder: Path, report: Report) -> cards.Measured:
@@ -216,7 +221,16 @@ def _history(config: Any, recipe: Mapping[str, Any] | None, report: Report) -> s
         if description := _STAGES.get(stage.get("name")):
             budget = f" ({stage['tokens']:,} tokens, learning rate {stage['lr']:g})" if stage.get("tokens") else ""
             sentences.append(f"Stage `{stage['name']}`{budget}: {description}")
-            if stage.get("trainable") == "all":
+            if target := stage.get("target"):
+                sentences.append(f"Compared was the {target}.")
+            if rank := stage.get("lora_rank"):
+                sentences.append(
+                    f"It trained adapters of rank {rank} and merged them into the weights."
+                    if stage.get("lora_merge")
+                    else f"It trained adapters of rank {rank}, which lie beside the weights and were at work in all "
+                    f'measurements: load them with `PeftModel.from_pretrained(model, "{ADAPTER_FOLDER}")`.'
+                )
+            elif stage.get("trainable") == "all":
                 sentences.append("All weights were trained in it, the teacher's too.")
     if text := report.get("text"):
         sentences.append(f"Measured on {text}.")

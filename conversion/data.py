@@ -23,6 +23,8 @@ PIECE = 2**20
 PIECES_AT_ONCE = 64
 # A binary file has a zero byte early on, text has none.
 SNIFF = 8192
+# The source that is text of the teacher's own.
+TEACHER = "teacher"
 FILE_SUFFIXES = (".csv", ".gz", ".html", ".json", ".jsonl", ".md", ".parquet", ".py", ".text", ".txt", ".xml", ".zip")
 
 
@@ -94,7 +96,12 @@ class Batches:
         return self._shuffled[1]
 
 
-def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progress: Progress | None = None) -> Corpus:
+def load_corpus(
+    recipe: Recipe,
+    tokenizer: "PreTrainedTokenizerBase",
+    on_progress: Progress | None = None,
+    tokens: np.ndarray | None = None,
+) -> Corpus:
     """Read, tokenise and split the data of a recipe.
 
     Files and folders are read whole; of a dataset, a quarter more than the stages train on.
@@ -103,6 +110,7 @@ def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progres
         recipe: With `data` set.
         tokenizer: The teacher's; documents are joined by its end-of-text token, if it has one.
         on_progress: Called as `on_progress(tokens, bytes)` while it reads.
+        tokens: `[N]` integers in place of the recipe's data.
 
     Raises:
         ConversionError: Data that cannot be found or read, or is too short.
@@ -110,7 +118,8 @@ def load_corpus(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase", on_progres
     sources = recipe.data if isinstance(recipe.data, list) else [recipe.data]
     stages = list(recipe.training_stages.values())
     limit = sum(stage.tokens for stage in stages) * 5 // 4
-    tokens = encode(documents(sources, recipe), tokenizer, limit, on_progress)
+    if tokens is None:
+        tokens = encode(documents(sources, recipe), tokenizer, limit, on_progress)
     name, longest = ", ".join(sources), max([recipe.context, *(recipe.context_of(stage) for stage in stages)])
     if isinstance(recipe.held_out, str):
         train, held_out = tokens, encode(documents([recipe.held_out], recipe), tokenizer, limit, on_progress)
@@ -212,6 +221,8 @@ def documents(sources: Sequence[str], recipe: Recipe) -> Iterator[tuple[str, boo
         if exists:
             for file in text_files(path):
                 yield file, False
+        elif source == TEACHER:
+            raise ConversionError("Text of the teacher's own is read alone: give `data: teacher`, or leave it out.")
         elif looks_like_a_path(source):
             raise ConversionError(f"There is no file or folder {source!r} to read data from.")
         else:

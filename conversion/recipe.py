@@ -34,9 +34,11 @@ LAYER_WORDS = ("all", "odd", "even", "lower", "none")
 class Recipe:
     """Everything that decides what a conversion does.
 
-    `data` may be left out when no stage trains; nothing is evaluated then. `held_out` is the share of the blocks at
-    the end of the data that is kept for evaluation, or a file or folder of its own; `held_out_blocks` of them are
-    read. `layers` counts from 0. `seed` fixes the memories' random weights and the order of the data.
+    `data` may be left out when no stage trains; nothing is evaluated then. `data: teacher`, where no file has that
+    name, samples as much text from the teacher as stages and evaluation need, `sampled_tokens` at most. `held_out` is
+    the share of the blocks at the end of the data that is kept for evaluation, or a file or folder of its own;
+    `held_out_blocks` of them are read. `layers` counts from 0. `seed` fixes the memories' random weights and the order
+    of the data.
     """
 
     teacher: str = option("", "a folder or a Hub id", bool, "Folder of a saved model, or its id on the Hub.")
@@ -56,9 +58,9 @@ class Recipe:
     window: int | None = count(None, "Tokens that the attention of a retrofitted layer sees.")
     data: str | list[str] | None = option(
         None,
-        "a file, a folder of text files, or a dataset id",
+        "a file, a folder of text files, a dataset id, or teacher",
         bool,
-        "Text file, folder, or dataset ID[:SPLIT]; repeat for more.",
+        "Text file, folder, or dataset ID[:SPLIT], repeat for more; teacher: text that it writes.",
     )
     data_config: str | None = option(None, "the name of a configuration", bool, "Configuration of the dataset.")
     text_column: str = option("text", "the name of a column", bool, "Column of the dataset that holds the text.")
@@ -68,6 +70,7 @@ class Recipe:
         lambda value: 0 < value < 1 if not isinstance(value, str) else bool(value),
         "Share of the blocks kept for evaluation, or a file of its own.",
     )
+    sampled_tokens: int = count(2_000_000, "Most tokens that are sampled for data teacher; more are read again.")
     held_out_blocks: int = count(64, "How many of the held-out blocks are evaluated.")
     context: int = count(2048, "Tokens per block.")
     batch_size: int = count(8, "Blocks per step.")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from hf_memory._cli.loading import UserError, load_config, load_model, load_tokenizer, resolve_device
 from hf_memory._cli.state_size import build_without_weights
+from hf_memory.conversion.adapters import load_adapters, save_adapters
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
 from hf_memory.conversion.processes import (
@@ -31,6 +32,7 @@ from hf_memory.conversion.processes import (
 )
 from hf_memory.conversion.progress import Voice, sigterm_like_ctrl_c
 from hf_memory.conversion.recipe import ConversionError, Recipe
+from hf_memory.conversion.sampling import SampledText, is_teacher, sampled_size
 from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
@@ -129,6 +131,10 @@ class _Conversion:
             return self.work.output
         with together(self.accelerator):
             self._check_surgery()
+            if main and is_teacher(self.recipe.data):
+                self.work.claim(self.recipe)
+                self._sample()
+        with together(self.accelerator):
             tokenizer, corpus = self._text()
             self.work.claim(self.recipe)
         # Teacher and student of the training are gone by the time the model is built again.
@@ -143,7 +149,7 @@ class _Conversion:
     ) -> None:
         final = self._final_model(trained)
         try:
-            self._assemble(final, tokenizer, corpus)
+            self._assemble(final, trained, tokenizer, corpus)
             if self.work.runs.exists():
                 shutil.copytree(self.work.runs, self.work.model / self.work.runs.name)
             self.work.publish()
@@ -194,9 +200,31 @@ class _Conversion:
                 # Nothing is read: a teacher without a tokenizer becomes a student without one.
                 return None, None
         tokenizer = load_tokenizer(self.recipe.teacher, *self.origin)
+        tokens = self._sampled().read() if is_teacher(self.recipe.data) else None
         with self.voice.progress("reading, in characters", None) as bar:
-            corpus = load_corpus(self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"))
+            corpus = load_corpus(
+                self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"), tokens
+            )
         return tokenizer, corpus
+
+    def _sampled(self) -> SampledText:
+        """Text of the teacher's own, kept in the work folder: a resumed run reads the same."""
+        return SampledText(self.work.path / "sampled.bin", *sampled_size(self.recipe))
+
+    def _sample(self) -> None:
+        text = self._sampled()
+        if not text.missing:
+            return
+        tokenizer = load_tokenizer(self.recipe.teacher, *self.origin)
+        teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
+        if tokenizer.bos_token_id is None:
+            self.voice.say("The teacher has no token to begin a text with: each begins with a random one.")
+        what = "sampling from the teacher, in tokens"
+        with self.voice.progress(what, text.size, text.size - text.missing) as bar:
+            try:
+                text.write(teacher, tokenizer, self.recipe.batch_size, self.recipe.seed, bar.update)
+            except OSError as error:
+                raise self.work.unwritable(error) from error
 
     def _train(self, corpus: Corpus | None) -> dict[str, torch.Tensor]:
         """The weights that are no longer those of the start behind all stages, by name, on the CPU."""
@@ -282,7 +310,11 @@ class _Conversion:
         return final
 
     def _assemble(
-        self, final: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
+        self,
+        final: PreTrainedModel,
+        trained: dict[str, torch.Tensor],
+        tokenizer: PreTrainedTokenizerBase | None,
+        corpus: Corpus | None,
     ) -> None:
         from hf_memory.conversion.card import write_card, write_recipe
         from hf_memory.conversion.report import write_report
@@ -292,6 +324,9 @@ class _Conversion:
         if recipe.save_dtype != "teacher":
             # Through loading, which knows what has to stay in float32.
             load_model(str(folder), "cpu", recipe.save_dtype).save_pretrained(folder)
+        for stage in recipe.training_stages.values():
+            if not stage.lora_merge:
+                save_adapters(stage, trained, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         report = None
@@ -315,7 +350,7 @@ class _Conversion:
         blocks = corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
         models = {
             "teacher": self._load_teacher(precision, self.device),
-            "student": load_model(str(self.work.model), str(self.device), precision),
+            "student": load_adapters(load_model(str(self.work.model), str(self.device), precision), self.work.model),
         }
         with self.voice.progress("evaluating, in blocks", len(blocks)) as bar:
             measured = measure(

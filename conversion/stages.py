@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_memory.conversion.adapters import Adapters, plain_name
+from hf_memory.conversion.adapters import LORA, Adapters, plain_name
 from hf_memory.conversion.layer_targets import LayerTarget, teacher_layers
 from hf_memory.conversion.losses import DIVERGENCES, cross_entropy, logit_kl
 from hf_memory.conversion.sampling import continue_rows
@@ -193,7 +193,8 @@ def what_trains(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> lis
     lines = []
     trained = {id(value) for value in parameters.values()}
     frozen = {plain_name(name): value for name, value in model.named_parameters() if id(value) not in trained}
-    for title, group in (("trainable", parameters), ("frozen", frozen)):
+    trainable = "trainable adapters" if any(LORA in name for name in parameters) else "trainable"
+    for title, group in ((trainable, parameters), ("frozen", frozen)):
         lines.append(f"{title}: {sum(value.numel() for value in group.values()):,} parameters")
         lines += [f"  {pattern}: {numel:,}" for pattern, numel in patterns(group).items()]
     return lines
@@ -204,7 +205,7 @@ def patterns(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     layers: dict[str, set[int]] = defaultdict(set)
     sizes: dict[str, int] = defaultdict(int)
     for name, value in parameters.items():
-        module = name.rpartition(".")[0]
+        module = name.rpartition(".")[0].partition(LORA)[0]
         match = re.search(r"(?<=\.)\d+(?=\.|$)", module)
         pattern = module if match is None else f"{module[: match.start()]}#{module[match.end() :]}"
         layers[pattern] |= set() if match is None else {int(match[0])}

@@ -80,6 +80,15 @@ def test_a_teacher_in_a_folder_gives_its_name_and_license(folder, config, tmp_pa
     assert shown["held_out"] == "./other.txt" and "output" not in shown
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_are_told_of(folder, config, merge):
+    stage = {"name": "distill", "tokens": 5, "lr": 1e-3, "trainable": "all", "lora_rank": 4, "lora_merge": merge}
+    card, text = make(folder, config, "t", recipe={"data": "teacher", "stages": [stage]})
+    assert "datasets" not in card.data.to_dict()
+    assert "It trained adapters of rank 4" in text and "All weights were trained" not in text
+    assert ("load them with" in text) != merge
+
+
 @pytest.mark.parametrize("readme", ["no metadata at all\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n"])
 def test_a_teacher_whose_card_says_nothing(folder, config, tmp_path, readme):
     (tmp_path / "teacher").mkdir()

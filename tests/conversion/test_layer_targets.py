@@ -134,18 +134,16 @@ def test_layers_on_the_students_stream_read_what_the_student_made(teacher, stude
 
 
 def test_student_stream_by_hand(teacher, student, blocks):
-    stage = Align(AlignStage(stream="student"), teacher, student)
-    inputs = blocks[:, :-1]
-    layer = decoder_layers(student)[0]
+    seen: list[torch.Tensor] = []
     with torch.no_grad():
+        layer = decoder_layers(student)[2]
         hook = layer.register_forward_hook(lambda module, args, output: seen.append(output))
-        seen: list[torch.Tensor] = []
-        student(input_ids=inputs, use_cache=False)
+        student(input_ids=blocks[:, :-1], use_cache=False)
         hook.remove()
-    theirs = teacher(input_ids=inputs, output_hidden_states=True).hidden_states
-    assert float(stage(blocks)[1]["layer 0"]) == pytest.approx(
-        relative_l2(seen[0], theirs[1], theirs[0]).item(), rel=1e-5
-    )
+        theirs = teacher_layers(LayerTarget("block", teacher, student), blocks[:, :-1])[2]
+    by_hand = relative_l2(seen[0], theirs.value, theirs.hidden_states).item()
+    _, figures = Align(AlignStage(stream="student"), teacher, student)(blocks)
+    assert float(figures["layer 2"]) == pytest.approx(by_hand, rel=1e-5)
 
 
 def gradients(stage, blocks: torch.Tensor) -> set[str]:
