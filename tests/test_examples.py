@@ -103,6 +103,20 @@ def test_memory_files_are_kept_and_forked(example, tmp_path: Path, capsys):
     assert document["file"]["file_bytes"] == (tmp_path / "runs" / "library.memory").stat().st_size
 
 
+def test_compressed_caches_cost_little_on_the_teacher(example, tmp_path: Path):
+    compressed = example("compressed_caches")
+    compressed.main(blocks=2, length=256, piece=32, output=tmp_path / "rows.json")
+    rows = {row["cache"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    full, polar = rows["full cache"], rows["PolarQuant, no window"]
+    # Four bits a coordinate beside sixteen, of a model in bfloat16; 4 layers, 2 heads of width 64.
+    assert full["bytes"] == 4 * polar["bytes"] == 4 * 2 * 2 * 64 * 2 * 256
+    assert full["bits"] < polar["bits"] < 1.03 * full["bits"]
+    assert all(full["bits"] * 0.98 < row["bits"] < 8 for row in rows.values())
+    half = rows["SubGen, 128 tokens, window 64"]
+    assert half["bytes"] < 0.52 * full["bytes"] and half["bits"] < 1.05 * full["bits"]
+    assert half["bits_first_half"] == pytest.approx(full["bits_first_half"], rel=1e-3)
+
+
 def test_training_comparison_compares_equals(example, tmp_path: Path, capsys):
     comparison = example("train_comparison")
     comparison.main(output=tmp_path, **TINY_TRAINING)
