@@ -183,9 +183,12 @@ class _Conversion:
         return config
 
     def _check_surgery(self) -> None:
-        """The whole surgery on tensors without memory, before anything large is loaded."""
+        """Surgery and stages on tensors without memory, before anything large is loaded."""
         with torch.device("meta"):
-            self._student_of(build_without_weights(self.config, torch.float32))
+            teacher = build_without_weights(self.config, torch.float32)
+            student = self._student_of(teacher)
+            for options in self.recipe.training_stages.values():
+                make_stage(options, teacher, student).finish()
 
     def _student_of(self, teacher: PreTrainedModel) -> PreTrainedModel:
         recipe = self.recipe
