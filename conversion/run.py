@@ -197,7 +197,7 @@ class _Conversion:
         return config
 
     def _check_surgery(self) -> None:
-        """The whole surgery on tensors without memory, before anything large is loaded; what the run will need."""
+        """Surgery and stages on tensors without memory, before anything large is loaded; what the run will need."""
         check_bits(self.recipe.teacher_bits)
         with torch.device("meta"):
             skeleton = build_without_weights(self.config, self.dtype)
@@ -211,6 +211,9 @@ class _Conversion:
             self.placement = layers_on_disk(skeleton, self.device)
         parts = (self.recipe, skeleton, student, self.device, self.accelerator.num_processes)
         self.expected = expected_peak(*parts)
+        with torch.device("meta"):
+            for options in self.recipe.training_stages.values():
+                make_stage(options, skeleton, student).finish()
         if self.cache_plan is not None and not self._searches:
             self.cache_plan.check(self._layers)
         elif self.cache_plan is not None:
