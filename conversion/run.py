@@ -371,7 +371,6 @@ class _Conversion:
         report = None
         if corpus is not None:
             report = self._report(corpus, tokenizer)
-            self._compare_peak(report)
             write_report(report, folder, self.voice.console)
         if recipe.code:
             from hf_memory.hub.remote_code import export_remote_code
@@ -381,13 +380,13 @@ class _Conversion:
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
         write_card(folder, config=final.config, recipe=recipe.to_dict(), report=report, revision=revision)
 
-    def _compare_peak(self, report: dict[str, Any]) -> None:
+    def _peak(self) -> dict[str, Any]:
+        """Memory expected and used, as entries of the report."""
         used, expected = self.peak.measure(), self.expected
-        report["peak"] = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
         measured = "not known" if used is None else f"{readable_size(used)} used"
-        report.setdefault("notes", []).append(
-            f"Peak of memory on {self.device}: {measured}, {readable_size(expected.total)} expected."
-        )
+        note = f"Peak of memory on {self.device}: {measured}, {readable_size(expected.total)} expected."
+        peak = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
+        return {"peak": peak, "notes": [note]}
 
     def _report(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         """Teacher and saved student measured on the held-out blocks."""
@@ -422,6 +421,7 @@ class _Conversion:
             "models": measured,
             "curves": curves(self.work.log().read(), recipe.training_stages),
             "environment": environment(self.device) | {"dtype": precision},
+            **self._peak(),
         }
 
 
