@@ -84,7 +84,10 @@ def check_state(inputs: Inputs, state: State) -> None:
 def make_state(
     inputs: Inputs, carry: tuple[Tensor, ...], keys: Tensor, values: Tensor, gates: Gates, phase: Tensor
 ) -> State:
-    """Assemble a state from what is carried over the last boundary and the rows behind it."""
+    """Assemble a state from what is carried over the last boundary and the rows behind it.
+
+    Its tensors are contiguous, so that a call of one token can overwrite them; what is carried may be views.
+    """
     rule = rule_of(inputs)
     norm = rule.norm(shared_operands(inputs))
     _, features, directions = rule.write(keys, values, rule.memory(inputs.base, carry), norm)
@@ -96,7 +99,7 @@ def make_state(
     state |= {name: gate for name, gate in gates._asdict().items() if gate is not None}
     state |= {f"feature_{i}": x.masked_fill(empty, 0) for i, x in enumerate(features) if i > 0}
     state |= {f"direction_{i}": u.masked_fill(empty, 0) for i, u in enumerate(directions)}
-    return state | {"phase": phase}
+    return {name: x.contiguous() for name, x in state.items()} | {"phase": phase}
 
 
 def buffered_gates(state: State) -> Gates:

@@ -125,6 +125,18 @@ def test_a_state_is_only_overwritten_on_request(memory: dict):
     assert_states_close(before, after, 0)
 
 
+@pytest.mark.parametrize("form", ["triton", "chunk"])
+@pytest.mark.parametrize("memory", [LINEAR, NORM, DEEP], ids=["linear", "norm", "deep"])
+def test_what_a_prompt_leaves_can_be_overwritten(memory: dict, form: str):
+    """As it comes from the prompt: nothing is copied in between."""
+    case = make(memory, {"chunk_size": 3, "overwrite_state": True} | INIT).to(torch.float32)
+    expected, _ = case("chunk", tokens=case.sliced(0, 6))
+    _, state = case(form, tokens=case.sliced(0, 5), output_final_state=True)
+    out, after = case("triton", tokens=case.sliced(5, 6), initial_state=state, output_final_state=True)
+    assert all(after[name] is x for name, x in state.items())
+    assert_close(out, expected[:, 5:], 5e-6)
+
+
 def test_operands_may_be_views():
     """q, k and v as slices of one projection, expanded gates, a mask that is a slice."""
     case = make(LINEAR, {"chunk_size": 3, "overwrite_state": False}, shape=(2, 6, 2, 8)).to(torch.float32)
