@@ -23,6 +23,7 @@ from hf_memory.conversion.footprint import PeakMeter, expected_peak
 from hf_memory.conversion.loading import check_bits, layers_on_disk, load_teacher
 from hf_memory.conversion.processes import (
     check_equal,
+    check_share,
     from_main,
     leave,
     lost_another,
@@ -89,7 +90,8 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
             work = WorkFolder(recipe.output, restart, accelerator.is_main_process)
             with together(accelerator):
                 stack.enter_context(work)
-            folder = _Conversion(recipe, work, accelerator).run()
+                conversion = _Conversion(recipe, work, accelerator)
+            folder = conversion.run()
         leave(accelerator)
         return folder
     except UserError as error:
@@ -124,7 +126,8 @@ class _Conversion:
     def run(self) -> Path:
         main = self.accelerator.is_main_process
         with together(self.accelerator):
-            self._check_shares()
+            for label, stage in self.recipe.training_stages.items():
+                check_share(self.accelerator, label, self.recipe.batch_size_of(stage))
             self.work.compare(self.recipe)
         if from_main(self.accelerator, self.work.finished):
             self.voice.say(f"{str(self.work.output)!r} was finished before.")
@@ -147,16 +150,6 @@ class _Conversion:
             if main:
                 self._write(trained, tokenizer, corpus)
         return self.work.output
-
-    def _check_shares(self) -> None:
-        count = self.accelerator.num_processes
-        for label, stage in self.recipe.training_stages.items():
-            size = self.recipe.batch_size_of(stage)
-            if size % count:
-                raise ConversionError(
-                    f"`batch_size` {size} of stage {label} cannot be shared evenly among {count} processes: give a "
-                    f"multiple of {count}."
-                )
 
     def _write(
         self, trained: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
