@@ -157,3 +157,39 @@ def test_the_expected_peak_of_the_demos_teacher(root, run_python, tmp_path):
     assert sum(peak["parts"].values()) == peak["expected"]
     assert 1 / 1.5 < peak["used"] / peak["expected"] < 1.5
     assert any("MiB used" in note for note in report["notes"])
+
+
+ALIGN = """
+import sys
+import torch
+from hf_memory._cli.loading import load_config
+from hf_memory._cli.state_size import build_without_weights
+from hf_memory.conversion.footprint import PeakMeter
+from hf_memory.conversion.loading import layers_on_disk, load_teacher
+from hf_memory.conversion.stage_options import AlignStage
+from hf_memory.conversion.stages import make_stage, only_these_train
+from hf_memory.conversion.surgery import build_student
+
+cpu, folder, streamed = torch.device("cpu"), sys.argv[1], sys.argv[2] == "True"
+placed = layers_on_disk(build_without_weights(load_config(folder), torch.float32), cpu) if streamed else None
+meter = PeakMeter(cpu)
+teacher = load_teacher(folder, cpu, "float32", device_map=placed)
+student = build_student(teacher, layers=[1], memory_options={"memory_depth": 1, "chunk_size": 8})
+stage = make_stage(AlignStage(), teacher, student)
+stage.prepare()
+with only_these_train(student, stage.parameters_by_name):
+    stage(torch.arange(3, 35)[None])[0].backward()
+print(meter.measure())
+"""
+
+
+@pytest.mark.slow
+def test_teacher_and_student_are_never_in_memory_together(run_python, tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "head_dim": 64}
+    teacher = save_teacher(tmp_path / "teacher", **sizes)
+    both = 2 * (teacher / "model.safetensors").stat().st_size
+    used = {}
+    for streamed in (False, True):
+        told = run_python(f"import sys\nsys.argv = ['', {str(teacher)!r}, '{streamed}']\n{ALIGN}")
+        used[streamed] = int(told.split()[-1])
+    assert used[True] < 0.75 * both < both < used[False]
