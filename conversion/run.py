@@ -194,6 +194,8 @@ class _Conversion:
 
     def _check_surgery(self) -> None:
         """The whole surgery on tensors without memory, before anything large is loaded."""
+        # A model made of a configuration writes its own dtype into it.
+        saved_dtype = self._saved_dtype()
         with torch.device("meta"):
             skeleton = build_without_weights(self.config, torch.float32)
             self._student_of(skeleton)
@@ -201,7 +203,7 @@ class _Conversion:
             if self.recipe.cache_budget is not None:
                 everywhere = self._student_of(skeleton, range(self._num_layers)).config
                 budget = parse_budget(self.recipe.cache_budget)
-                self.cache_plan = plan_cache(budget, self.config, everywhere, self._saved_dtype())
+                self.cache_plan = plan_cache(budget, self.config, everywhere, saved_dtype)
         if self.cache_plan is not None and not self._searches:
             self.cache_plan.check(self._layers)
         elif self.cache_plan is not None:
