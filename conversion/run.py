@@ -23,6 +23,7 @@ from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_cor
 from hf_memory.conversion.layer_choice import is_auto, parse_budget, plan_cache
 from hf_memory.conversion.processes import (
     check_equal,
+    check_share,
     from_main,
     leave,
     lost_another,
@@ -97,7 +98,8 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
             work = WorkFolder(recipe.output, restart, accelerator.is_main_process)
             with together(accelerator):
                 stack.enter_context(work)
-            folder = _Conversion(recipe, work, accelerator).run()
+                conversion = _Conversion(recipe, work, accelerator)
+            folder = conversion.run()
         leave(accelerator)
         return folder
     except UserError as error:
@@ -131,7 +133,8 @@ class _Conversion:
     def run(self) -> Path:
         main = self.accelerator.is_main_process
         with together(self.accelerator):
-            self._check_shares()
+            for label, stage in self._all_stages.items():
+                check_share(self.accelerator, label, self.recipe.batch_size_of(stage))
             self.work.compare(self.recipe)
         if from_main(self.accelerator, self.work.finished):
             self.voice.say(f"{str(self.work.output)!r} was finished before.")
@@ -150,16 +153,6 @@ class _Conversion:
             if main:
                 self._write(trained, tokenizer, corpus)
         return self.work.output
-
-    def _check_shares(self) -> None:
-        count = self.accelerator.num_processes
-        for label, stage in self._all_stages.items():
-            size = self.recipe.batch_size_of(stage)
-            if size % count:
-                raise ConversionError(
-                    f"`batch_size` {size} of stage {label} cannot be shared evenly among {count} processes: give a "
-                    f"multiple of {count}."
-                )
 
     def _write(
         self, trained: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches
 from hf_memory.conversion.not_finite import first_not_finite
-from hf_memory.conversion.processes import check_equal, from_main, gathered, together
+from hf_memory.conversion.processes import check_equal, check_share, gathered, together
 from hf_memory.conversion.progress import Interruption, Voice
 from hf_memory.conversion.schema import ConversionError
 from hf_memory.conversion.stage_options import TrainingStage
@@ -172,6 +172,7 @@ class _Loop:
         """One update; what the progress bar says about it."""
         accelerator, options = self.run.accelerator, self.stage.options
         blocks = self.batches[step]
+        check_share(accelerator, self.label, len(blocks))
         rows = blocks[accelerator.process_index :: accelerator.num_processes].to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, group["peak"], step, self.steps)
@@ -259,16 +260,15 @@ class _Loop:
         """Write a checkpoint behind `step` updates; its name."""
         numbers = {"stage": self.label, "step": step, "ended": ended, "recent": list(self.recent)}
         numbers |= {"threads": torch.get_num_threads(), "processes": self.run.accelerator.num_processes}
+        checkpoint = Checkpoint(self.label, step, numbers | self.run.identity, {})
         with together(self.run.accelerator):
-            name = ""
             if self.run.accelerator.is_main_process:
                 trained = self.run.trained | self.stage.parameters_by_name
-                tensors = {f"weight.{name}": value.detach().cpu() for name, value in trained.items()}
+                checkpoint.tensors.update({f"weight.{name}": value.detach().cpu() for name, value in trained.items()})
                 if not ended:
-                    tensors |= moments(self.plain_optimizer, self.stage.parameters_by_name)
-                checkpoint = Checkpoint(self.label, step, numbers | self.run.identity, tensors)
-                name = self.run.work.save(checkpoint).name
-        return from_main(self.run.accelerator, name)
+                    checkpoint.tensors.update(moments(self.plain_optimizer, self.stage.parameters_by_name))
+                self.run.work.save(checkpoint)
+        return checkpoint.name
 
 
 @contextmanager

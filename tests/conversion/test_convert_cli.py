@@ -146,6 +146,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(teacher, text, tmp_pat
 
 
 def test_processes_but_one_are_silent(teacher, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     result = run(*flags(needed(teacher, text, tmp_path / "out") | {"context": 999}))
     assert result.exit_code == 2 and result.output == ""

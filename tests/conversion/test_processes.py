@@ -65,12 +65,12 @@ class Workplace:
 def place(tmp_path_factory) -> Workplace:
     """One process, two, and two in which the second goes wrong; all in one process that imports the libraries once."""
     place = Workplace(tmp_path_factory.mktemp("processes"))
-    for name in ("one", "two", "unreadable", "lost", "asked"):
+    for name in ("one", "two", "unreadable", "lost", "asked", "nan"):
         place.recipe(name)
     place.recipe("odd", batch_size=3)
     for name in ("one_auto", "two_auto"):
         place.recipe(name, layers="auto:1", auto_blocks=3, auto_tokens=2 * BATCH * CONTEXT)
-    named = [f"2:{place.folder / name}.yaml:{name}" for name in ("unreadable", "lost", "asked")]
+    named = [f"2:{place.folder / name}.yaml:{name}" for name in ("unreadable", "lost", "asked", "nan")]
     runs = ((1, "one"), (2, "two"), (2, "odd"), (1, "one_auto"), (2, "two_auto"))
     plain_runs = [f"{count}:{place.folder / name}.yaml" for count, name in runs]
     place.run(*plain_runs, *named, f"2:{place.folder / 'asked'}.yaml")
@@ -122,6 +122,12 @@ def test_a_process_that_dies_ends_the_others(place):
     assert "0: Another process of this conversion has ended; it said why (last good checkpoint: align-000003)." in (
         place.said
     )
+
+
+def test_what_is_not_finite_in_one_process_is_traced_there(place):
+    assert place.codes(f"2:{place.folder / 'nan'}.yaml:nan") == "[2, 2]"
+    sentence = "The loss of stage align is nan in step 4 of 6; it began in the output of layer 1 (model.layers.1.mlp)"
+    assert f"0: {sentence}" in place.said and f"1: {sentence}" in place.said
 
 
 def test_one_that_is_asked_to_stop_stops_all_and_they_go_on_together(place):
