@@ -24,6 +24,7 @@ RANKS = {
     "hf_memory.cache": 2,
     "hf_memory.cache_layers": 2,
     "hf_memory.cache_states": 2,
+    "hf_memory.compression": 2,
     "hf_memory.memory_identity": 2,
     "hf_memory.memory_file": 2,
     "hf_memory.reading": 3,
