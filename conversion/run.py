@@ -186,15 +186,17 @@ class _Conversion:
         return config
 
     def _check_surgery(self) -> None:
-        """The whole surgery on tensors without memory, before anything large is loaded."""
+        """Surgery and stages on tensors without memory, before anything large is loaded."""
         # A model made of a configuration writes its own dtype into it.
         saved_dtype = self._saved_dtype()
         with torch.device("meta"):
-            skeleton = build_without_weights(self.config, torch.float32)
-            self._student_of(skeleton)
+            teacher = build_without_weights(self.config, torch.float32)
+            student = self._student_of(teacher)
+            for options in self._all_stages.values():
+                make_stage(options, teacher, student).finish()
             self.cache_plan = None
             if self.recipe.cache_budget is not None:
-                everywhere = self._student_of(skeleton, range(self._num_layers)).config
+                everywhere = self._student_of(teacher, range(self._num_layers)).config
                 budget = parse_budget(self.recipe.cache_budget)
                 self.cache_plan = plan_cache(budget, self.config, everywhere, saved_dtype)
         if self.cache_plan is not None and not self._searches:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from tiny_conversion import CONTEXT, save_teacher, save_text, tiny_recipe, weights
 
 from hf_memory.conversion.processes import plain
@@ -99,6 +101,34 @@ def test_two_processes_leave_what_one_leaves(place):
         assert len(mine) == STEPS and mine == pytest.approx(other, rel=1e-4)
     qualities = [report["models"]["student"]["quality"]["whole"]["bits_per_token"] for report in reports]
     assert qualities[0] == pytest.approx(qualities[1], rel=1e-4)
+
+
+# One of each kind, on text of the teacher's own; 4 steps of each.
+KINDS = """
+data: teacher
+stages:
+- init
+- {name: align, target: matrix, tokens: 256}
+- {name: align, target: heads, trainable: new, tokens: 256}
+- {name: align, target: mixer, stream: student, lora_rank: 2, tokens: 256}
+- {name: distill, layer_weight: 0.5, trainable: all, accumulate: 2, tokens: 256}
+- {name: on_policy, prompt_tokens: 4, new_tokens: 8, tokens: 192}
+- {name: distill, lora_rank: 2, lora_merge: false, tokens: 256}
+"""
+
+
+@pytest.mark.slow
+def test_every_kind_of_stage_ends_alike(tmp_path):
+    place = Workplace(tmp_path)
+    for name in ("one", "two"):
+        file = place.recipe(name, stages="init", set=[], tokens=None)
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) | yaml.safe_load(KINDS)
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    place.run(f"1:{tmp_path / 'one'}.yaml", f"2:{tmp_path / 'two'}.yaml")
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+        assert set(one) == set(two)
+        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
 
 
 def test_what_is_said_is_said_once(place):
