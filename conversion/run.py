@@ -199,6 +199,8 @@ class _Conversion:
     def _check_surgery(self) -> None:
         """Surgery and stages on tensors without memory, before anything large is loaded; what the run will need."""
         check_bits(self.recipe.teacher_bits)
+        # A model made of a configuration writes its own dtype into it.
+        saved_dtype = self._saved_dtype()
         with torch.device("meta"):
             skeleton = build_without_weights(self.config, self.dtype)
             student = self._student_of(skeleton)
@@ -206,13 +208,13 @@ class _Conversion:
             if self.recipe.cache_budget is not None:
                 everywhere = self._student_of(skeleton, range(self._num_layers)).config
                 budget = parse_budget(self.recipe.cache_budget)
-                self.cache_plan = plan_cache(budget, self.config, everywhere, self._saved_dtype())
+                self.cache_plan = plan_cache(budget, self.config, everywhere, saved_dtype)
         if self.recipe.stream:
             self.placement = layers_on_disk(skeleton, self.device)
         parts = (self.recipe, skeleton, student, self.device, self.accelerator.num_processes)
         self.expected = expected_peak(*parts)
         with torch.device("meta"):
-            for options in self.recipe.training_stages.values():
+            for options in self._all_stages.values():
                 make_stage(options, skeleton, student).finish()
         if self.cache_plan is not None and not self._searches:
             self.cache_plan.check(self._layers)

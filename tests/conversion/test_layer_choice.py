@@ -88,6 +88,18 @@ def test_a_student_within_its_budget(teacher, tmp_path):
     assert size + kv // 3 - layer_states(config, torch.float32)[config.memory_layers[0]].first > kv // 2
 
 
+def test_a_budget_counts_keys_in_the_dtype_of_the_saved_model(tmp_path):
+    """Half as many bytes in bfloat16: a budget that is met there by one layer does not do in float32."""
+    teacher = save_teacher(tmp_path / "teacher", torch.bfloat16, num_hidden_layers=3)
+    text = save_text(tmp_path / "text.txt")
+    states = layer_states(AutoConfig.from_pretrained(teacher), torch.bfloat16)
+    budget = f"{sum(state.after(2048) for state in states) * 3 // 4}B@2048"
+    flags = {"layers": "1", "cache_budget": budget, "stages": "init", "held_out_blocks": 1}
+    assert convert(tiny_recipe(teacher, text, tmp_path / "out", **flags)).is_dir()
+    with pytest.raises(ConversionError, match="is not met by converting the layers 1: .* at least "):
+        convert(tiny_recipe(teacher, text, tmp_path / "float32", save_dtype="float32", **flags))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
