@@ -219,7 +219,7 @@ class _Conversion:
         if self.cache_plan is not None and not self._searches:
             self.cache_plan.check(self._layers)
         elif self.cache_plan is not None:
-            self.cache_plan.needed()
+            self.cache_plan.check_search()
 
     @property
     def _precision(self) -> str:

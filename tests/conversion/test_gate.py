@@ -61,6 +61,11 @@ def test_a_requirement_is_read(text, name, operator, limit):
         ("kl@100<1", "only cache_bytes takes a length"),
         ("cache_bytes@0<1", "at least 1"),
         ("kl<nan", "takes NAME OPERATOR VALUE"),
+        ("cache_bytes<64MB", "MB is no unit: use %, KiB, MiB or GiB"),
+        ("kl<5e", "e is no unit"),
+        ("agreement>90", "'agreement>90': agreement is a share, from 0 to 1 or from 0% to 100%."),
+        ("agreement>101%", "from 0% to 100%"),
+        ("recall<-0.1", "recall is a share"),
     ],
 )
 def test_a_wrong_requirement_is_one_sentence(text, sentence):
