@@ -131,6 +131,8 @@ class _Conversion:
         self.device = place_of(accelerator, resolve_device(recipe.device))
         self.placement = recipe.device_map
         self.dtype = _compute_dtype(recipe, self.device)
+        # Now: a model made of a configuration writes its own dtype into it.
+        self.saved_dtype = self._saved_dtype()
 
     def run(self) -> Path:
         main = self.accelerator.is_main_process
@@ -199,8 +201,6 @@ class _Conversion:
     def _check_surgery(self) -> None:
         """Surgery and stages on tensors without memory, before anything large is loaded; what the run will need."""
         check_bits(self.recipe.teacher_bits)
-        # A model made of a configuration writes its own dtype into it.
-        saved_dtype = self._saved_dtype()
         with torch.device("meta"):
             skeleton = build_without_weights(self.config, self.dtype)
             student = self._student_of(skeleton)
@@ -208,7 +208,7 @@ class _Conversion:
             if self.recipe.cache_budget is not None:
                 everywhere = self._student_of(skeleton, range(self._num_layers)).config
                 budget = parse_budget(self.recipe.cache_budget)
-                self.cache_plan = plan_cache(budget, self.config, everywhere, saved_dtype)
+                self.cache_plan = plan_cache(budget, self.config, everywhere, self.saved_dtype)
         if self.recipe.stream:
             self.placement = layers_on_disk(skeleton, self.device)
         parts = (self.recipe, skeleton, student, self.device, self.accelerator.num_processes)
@@ -449,7 +449,7 @@ class _Conversion:
         """Teacher, saved student and controls measured on the held-out blocks, and the peak of memory."""
         teacher = self._load_teacher(self._precision, self.device)
         stages = {LABEL: alignment(self.recipe)} | self.recipe.training_stages
-        report = self.assessment.report(teacher, self._layers, stages)
+        report = self.assessment.report(teacher, self._layers, stages, self.saved_dtype)
         used, expected = self.peak.measure(), self.expected
         report["peak"] = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
         measured = "not known" if used is None else f"{readable_size(used)} used"
