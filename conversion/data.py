@@ -224,6 +224,11 @@ def documents(sources: Sequence[str], recipe: Recipe) -> Iterator[tuple[str, boo
         except OSError as error:  # a folder on the way that may not be entered
             raise unreadable(source, error) from error
         if exists:
+            if path.resolve() == Path(recipe.teacher).expanduser().resolve():
+                raise ConversionError(
+                    f"The data {source!r} is the teacher's own folder, which is no text to learn from: for text that "
+                    f"it writes, give `data: {TEACHER}` where nothing has that name."
+                )
             for file in text_files(path):
                 yield file, False
         elif source == TEACHER:

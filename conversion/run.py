@@ -274,6 +274,12 @@ class _Conversion:
             corpus = load_corpus(
                 self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"), tokens
             )
+        vocabulary = self.config.get_text_config(decoder=True).vocab_size
+        if (highest := max(part.max() for part in (corpus.train, corpus.held_out))) >= vocabulary:
+            raise ConversionError(
+                f"The tokenizer beside `teacher` {self.recipe.teacher!r} gives the token {highest}, but the teacher "
+                f"knows {vocabulary} only: put the tokenizer there that it was trained with."
+            )
         return tokenizer, corpus
 
     def _sampled(self) -> SampledText:
