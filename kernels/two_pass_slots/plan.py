@@ -1,14 +1,70 @@
 """How the Triton form cuts a call, a pure function of its shapes, and the kernels as the compile check wants them."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from ..anchored_linear.plan import power_of_two
+from .inputs import SlotOptions
 
 
 WIDEST_CHUNK = 16
 # Longest side of a memory, by the size of an element of its operands: what the registers of a program hold.
 WIDEST_MEMORY = {2: 64, 4: 32}
+LARGEST_DECODED = 16384
+"""Numbers of a padded memory that a decoded token holds in registers."""
+
+
+def unsupported(options: SlotOptions, dtype: torch.dtype, slots: int, width: int) -> str | None:
+    """Why the kernels cannot compute a call of many tokens, as the end of a sentence; `None` if they can."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"not for {dtype}"
+    if options.write_map == "identity":
+        return "not for write_map='identity'"
+    if options.refinements:
+        return "not for refinements"
+    widest = WIDEST_MEMORY[dtype.itemsize]
+    if max(slots, width) > widest:
+        return f"for up to {widest} slots of width {widest} in {dtype}, not for {slots} slots of width {width}"
+    if options.chunk_size > WIDEST_CHUNK:
+        return f"for chunks of up to {WIDEST_CHUNK} tokens, not for chunk_size={options.chunk_size}"
+    return None
+
+
+class DecodePlan(NamedTuple):
+    """How a token is cut, one program per row and head.
+
+    Attributes:
+        slots, width: of a memory, as powers of two; a program holds both memories.
+        rows: of a buffer, likewise.
+        fold: block of a memory that a fold moves at a time.
+        num_warps: of a program.
+    """
+
+    slots: int
+    width: int
+    rows: int
+    fold: tuple[int, int]
+    num_warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernel's block sizes."""
+        blocks = {"MB": self.slots, "DB": self.width, "BLOCK_ROWS": self.rows}
+        return blocks | {"FOLD_M": self.fold[0], "FOLD_D": self.fold[1]}
+
+
+def decode_plan(programs: int, slots: int, width: int, chunk_size: int, processors: int) -> DecodePlan | None:
+    """Cut a token, `None` for memories that are too large: each memory takes 32 registers of a thread.
+
+    Programs that have a multiprocessor to themselves take twice the warps.
+    """
+    slots, width = power_of_two(slots), power_of_two(width)
+    if slots * width > LARGEST_DECODED:
+        return None
+    num_warps = min(16, max(4, slots * width // 1024) * (2 if programs <= processors else 1))
+    return DecodePlan(slots, width, power_of_two(chunk_size), (32, 32), num_warps)
 
 
 def blocks(slots: int, width: int, chunk_size: int, itemsize: int) -> dict[str, int]:

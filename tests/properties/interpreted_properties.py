@@ -16,8 +16,9 @@ OTHER = ["forms", "static_cache"]
 OF_EACH_KIND = ["split_invariance", "left_padding", "beam_search", "gradient_checkpointing"]
 
 
-def check(properties: list[str], **memory) -> None:
-    model = random_model(tiny_config("titans", **TINY, chunk_size=4, **memory))
+def check(properties: list[str], model_type: str = "titans", **memory) -> None:
+    sizes = TINY if model_type == "titans" else {n: x for n, x in TINY.items() if n != "num_persistent_tokens"}
+    model = random_model(tiny_config(model_type, **sizes, chunk_size=4, **memory))
     budget = Budget(splits=1, new_tokens=2, long_tokens=64, walk_steps=6, walk_length=16)
     with force_form("triton"):
         report = check_model(model, properties, budget)
@@ -32,3 +33,7 @@ def test_linear():
 
 def test_deep():
     check(OF_EACH_KIND, memory_depth=2, memory_expansion=2)
+
+
+def test_trellis():
+    check([name for name in PROPERTIES if name not in OTHER], "trellis", num_slots=16)
