@@ -32,6 +32,13 @@ def unsupported(options: SlotOptions, dtype: torch.dtype, slots: int, width: int
     return None
 
 
+def too_large_to_decode(slots: int, width: int) -> str | None:
+    """Why the kernel cannot compute a single token, as the end of a sentence; `None` if it can."""
+    if power_of_two(slots) * power_of_two(width) <= LARGEST_DECODED:
+        return None
+    return f"for up to {LARGEST_DECODED} numbers of slots times width, not for {slots} slots of width {width}"
+
+
 class DecodePlan(NamedTuple):
     """How a token is cut, one program per row and head.
 
@@ -55,14 +62,12 @@ class DecodePlan(NamedTuple):
         return blocks | {"FOLD_M": self.fold[0], "FOLD_D": self.fold[1]}
 
 
-def decode_plan(programs: int, slots: int, width: int, chunk_size: int, processors: int) -> DecodePlan | None:
-    """Cut a token, `None` for memories that are too large: each memory takes 32 registers of a thread.
+def decode_plan(programs: int, slots: int, width: int, chunk_size: int, processors: int) -> DecodePlan:
+    """Cut a token: a memory takes 32 registers of a thread.
 
     Programs that have a multiprocessor to themselves take twice the warps.
     """
     slots, width = power_of_two(slots), power_of_two(width)
-    if slots * width > LARGEST_DECODED:
-        return None
     num_warps = min(16, max(4, slots * width // 1024) * (2 if programs <= processors else 1))
     return DecodePlan(slots, width, power_of_two(chunk_size), (32, 32), num_warps)
 

@@ -26,7 +26,7 @@ from ..decode_rows import (
 from ..launch import dot_precision, launch, multiprocessors
 from ..types import State
 from .inputs import SlotOperands
-from .plan import decode_plan
+from .plan import decode_plan, too_large_to_decode
 from .triton_maps import code, map_value
 
 
@@ -221,7 +221,7 @@ def supports(operands: SlotOperands, state: State) -> bool:
         can_run(operands.q, (*operands[:4], *operands.gates), state)
         and options.refinements == 0
         and options.chunk_size <= MAX_ROWS
-        and decode_plan(1, slots, operands.width, options.chunk_size, 1) is not None
+        and too_large_to_decode(slots, operands.width) is None
     )
 
 

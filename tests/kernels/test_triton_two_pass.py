@@ -13,7 +13,7 @@ if sys.platform != "linux":
 
 from two_pass_inputs import SlotCase
 
-from hf_memory.kernels.two_pass_slots.plan import blocks, decode_plan
+from hf_memory.kernels.two_pass_slots.plan import blocks, decode_plan, too_large_to_decode
 
 
 @pytest.mark.parametrize("name", ["two_pass", "two_pass_decode"])
@@ -34,12 +34,13 @@ def test_blocks_hold_what_they_should(slots, width, chunk):
 
 @pytest.mark.parametrize("slots, width", [(1, 1), (20, 24), (64, 64), (128, 64), (64, 256), (128, 128)])
 def test_a_decoded_token_holds_its_memories_in_registers(slots: int, width: int):
+    assert too_large_to_decode(slots, width) is None
     for programs, processors in ((16, 132), (1024, 132)):
         cut = decode_plan(programs, slots, width, 20, processors)
         assert cut.slots >= max(16, slots) and cut.width >= max(16, width) and cut.rows == 32
         assert cut.num_warps in (4, 8, 16) and cut.slots * cut.width <= 32 * 32 * cut.num_warps
     assert decode_plan(16, 64, 64, 16, 132).num_warps == 2 * decode_plan(1024, 64, 64, 16, 132).num_warps
-    assert decode_plan(16, 128, 256, 16, 132) is None
+    assert "not for 128 slots of width 256" in too_large_to_decode(128, 256)
 
 
 def test_without_a_gpu_the_form_is_refused():
