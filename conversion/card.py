@@ -15,8 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from hf_memory._cli.loading import load_config
 from hf_memory.conversion.adapters import FOLDER as ADAPTER_FOLDER
 from hf_memory.conversion.data import TEACHER, looks_like_a_path
-from hf_memory.conversion.recipe import Recipe
-from hf_memory.conversion.report import Report, markdown_table, notes, shortcomings
+from hf_memory.conversion.report import Report, markdown_tables, notes, shortcomings
 from hf_memory.hub import cards
 from hf_memory.hub.remote_code import EXPORTABLE
 
@@ -24,6 +23,8 @@ from hf_memory.hub.remote_code import EXPORTABLE
 RECIPE = "recipe.yaml"
 # Entries of a recipe that may be paths.
 _PATHS = ("teacher", "data", "held_out")
+# What is of no use to others.
+_OWN = ("output", "checkpoint_seconds", "code", "report_to", "device_map", "stream")
 _STAGES = {
     "align": "each converted layer learns to give what the teacher's gives.",
     "distill": "the model learns the teacher's distribution of the next token.",
@@ -174,12 +175,12 @@ def _measured(folder: Path, report: Report) -> cards.Measured:
         return cards.Measured()
     try:
         return cards.Measured(
-            table=markdown_table(report),
+            table=markdown_tables(report),
             notes=notes(report),
             worse=shortcomings(report),
             results=_results(report),
             picture="report.png" if (folder / "report.png").is_file() else "",
-            picture_text="loss of every stage, held-out loss by position, size of the cache",
+            picture_text="loss of every stage, held-out loss by position, size of the cache, recall",
         )
     except (AttributeError, KeyError, TypeError) as error:
         # A file that somebody changed.
@@ -239,7 +240,7 @@ def _history(config: Any, recipe: Mapping[str, Any] | None, report: Report) -> s
 
 def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe for others: a path is `./` and its last part, and what has no effect on the weights is left out."""
-    kept = {key: value for key, value in recipe.items() if key not in Recipe.WITHOUT_EFFECT}
+    kept = {key: value for key, value in recipe.items() if key not in _OWN}
     return {key: _named(value) if key in _PATHS else value for key, value in kept.items()}
 
 

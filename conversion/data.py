@@ -47,9 +47,7 @@ class Corpus:
 
     def held_out_blocks(self, context: int, limit: int) -> torch.Tensor:
         """At most `limit` blocks, evenly spread over the held-out text, `[N, context + 1]` int64."""
-        blocks = num_blocks(self.held_out, context)
-        numbers = np.linspace(0, blocks - 1, min(limit, blocks)).round().astype(np.int64)
-        return block_rows(self.held_out, numbers, context)
+        return spread_blocks(self.held_out, context, limit)
 
 
 def bytes_per_token(blocks: torch.Tensor, tokenizer: "PreTrainedTokenizerBase") -> float:
@@ -67,6 +65,13 @@ def block_rows(tokens: np.ndarray, numbers: np.ndarray, context: int) -> torch.T
     """Blocks by number, each with the token behind it: `[len(numbers), context + 1]` int64."""
     offsets = numbers[:, None] * context + np.arange(context + 1)
     return torch.from_numpy(tokens[offsets].astype(np.int64))
+
+
+def spread_blocks(tokens: np.ndarray, context: int, limit: int) -> torch.Tensor:
+    """At most `limit` blocks, evenly spread over `[N]` tokens, `[blocks, context + 1]` int64."""
+    blocks = num_blocks(tokens, context)
+    numbers = np.linspace(0, blocks - 1, min(limit, blocks)).round().astype(np.int64)
+    return block_rows(tokens, numbers, context)
 
 
 class Batches:

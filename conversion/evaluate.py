@@ -142,7 +142,7 @@ def evaluate_models(
     batch_size = batch_size or max(1, min(_MAX_ROWS, _LOGITS_PER_PASS // (length * vocabulary)))
     order = sorted(models, key=lambda name: name != reference)
     scores = {name: _Scores(rows, length - 1, reference not in (None, name)) for name in models}
-    with torch.no_grad(), _eval_mode(models.values()):
+    with torch.no_grad(), eval_mode(models.values()):
         for start in range(0, rows, batch_size):
             batch = blocks[start : start + batch_size]
             expected = None
@@ -234,7 +234,7 @@ def decode_speeds(
     needed = max(contexts) + (pieces + 1) * steps
     tokens = tokens.repeat(math.ceil(needed / len(tokens)))[None, :needed]
     speeds: dict[str, list[DecodeSpeed]] = {name: [] for name in models}
-    with torch.no_grad(), _eval_mode(models.values()):
+    with torch.no_grad(), eval_mode(models.values()):
         for context in contexts:
             caches, seconds = {}, {name: [] for name in models}
             for name, model in models.items():
@@ -327,7 +327,7 @@ def _check(
 
 
 @contextmanager
-def _eval_mode(models: Iterable[PreTrainedModel]) -> Iterator[None]:
+def eval_mode(models: Iterable[PreTrainedModel]) -> Iterator[None]:
     kept = [(model, model.training) for model in models]
     for model, _ in kept:
         model.eval()

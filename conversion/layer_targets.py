@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_memory.conversion.losses import head_mse, matrix_frobenius, relative_l2
 from hf_memory.conversion.mixer_matrix import check_linear, mixer_matrix
+from hf_memory.conversion.projections import OUTPUT
 from hf_memory.conversion.schema import ConversionError
 from hf_memory.conversion.surgery import decoder_layers, find_attention, memory_slots
 
 
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 # The published factor of the heads' squared error, which is small beside the epsilon of Adam otherwise.
 HEAD_SCALE = 1000.0
 
@@ -71,7 +73,7 @@ class LayerTarget:
                 check_linear(self.slots[index].memory)
         if self.target == "heads" and self.layers:
             index = self.layers[0]
-            theirs = output_projection(self.module(self.teacher, index)).in_features
+            theirs = width_in(output_projection(self.module(self.teacher, index)))
             ours = self.slots[index].memory.o_proj.in_features
             if ours != theirs:
                 raise ConversionError(
@@ -89,7 +91,7 @@ class LayerTarget:
         layer = decoder_layers(self.student)[index]
         if self.target == "block":
             return layer
-        return getattr(layer, find_attention(decoder_layers(self.teacher)[index])[0])
+        return layer.get_submodule(find_attention(decoder_layers(self.teacher)[index])[0])
 
     @contextmanager
     def teacher_calls(self) -> Iterator[dict[int, LayerCall]]:
@@ -202,13 +204,18 @@ def output_projection(attention: nn.Module) -> nn.Module:
     Raises:
         ConversionError: It has another name than those that are known.
     """
-    for name in OUTPUT_PROJECTIONS:
+    for name in OUTPUT:
         if hasattr(attention, name):
             return getattr(attention, name)
     raise ConversionError(
-        f"{type(attention).__name__} has no output projection called {', '.join(OUTPUT_PROJECTIONS)}, so its heads "
+        f"{type(attention).__name__} has no output projection called {', '.join(OUTPUT)}, so its heads "
         "cannot be told apart: use `target` mixer or block."
     )
+
+
+def width_in(projection: nn.Module) -> int:
+    """Channels that a projection reads; GPT-2's is transposed."""
+    return projection.weight.shape[0] if isinstance(projection, Conv1D) else projection.in_features
 
 
 @contextmanager
@@ -227,4 +234,7 @@ def teacher_layers(layer_target: LayerTarget, input_ids: Tensor) -> dict[int, La
     """The teacher's calls by layer on `[B, T]` int64."""
     with layer_target.teacher_calls() as calls:
         layer_target.teacher.base_model(input_ids=input_ids, use_cache=False)
+    # The layers of a large teacher may lie on several devices.
+    for call in calls.values():
+        call.args, call.kwargs, call.value = send_to_device((call.args, call.kwargs, call.value), input_ids.device)
     return calls

@@ -107,7 +107,17 @@ def check_trackers(names: Sequence[str]) -> None:
 
 def is_main_process() -> bool:
     """Whether this process is the one that speaks, as launchers number them."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1 or int(os.environ.get("RANK", "0")) == 0
+
+
+def check_share(accelerator: Accelerator, label: str, batch_size: int) -> None:
+    """Refuse a batch that processes cannot share evenly: the mean of their losses would not be that of the batch."""
+    count = accelerator.num_processes
+    if batch_size % count:
+        raise ConversionError(
+            f"`batch_size` {batch_size} of stage {label} cannot be shared evenly among {count} processes: give a "
+            f"multiple of {count}."
+        )
 
 
 def place_of(accelerator: Accelerator, device: torch.device) -> torch.device:
@@ -172,6 +182,7 @@ def tracked(accelerator: Accelerator, name: str, settings: Mapping[str, Any]) ->
         # Not `end_training`, which parts the processes too.
         for tracker in accelerator.trackers:
             tracker.finish()
+        accelerator.trackers.clear()
 
 
 def plain(settings: Mapping[str, Any], where: str = "") -> dict[str, str | int | float | bool]:

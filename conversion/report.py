@@ -6,8 +6,12 @@ A report is a plain dictionary:
     converted   {"layers": [int], "of": int, "memory": str, "mode": str}
     student     name of the converted model in `models`
     reference   name of the model that the others are compared with (the teacher)
-    models      {name: {"parameters": int, "quality": ..., "cache": [...], "speed": [...]}}, see `measure`
+    models      {name: {"parameters": int, "quality": ..., "cache": [...], "speed": [...], "recall": ...}}, see
+                `measure` and `probe`
     curves      [{"stage": str, "run": str, "unit": str, "tokens": [int], "loss": [float]}]
+    controls    {"off": name in `models` of the student with its memories off, "continued": of the teacher trained on}
+    stages      [{"stage": str, "blocks": int, "student": {...}, "teacher": {...}}], see `assessment`
+    gate        [{"require": str, "measured": float, "passed": bool, ...}], see `gate`
     baselines   {name: bits per byte of something that is not a model}
     notes       [str]
     environment see `environment`
@@ -28,11 +32,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.box import SIMPLE
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
 from hf_memory._cli.state_size import readable_size
+from hf_memory.conversion.controls import MemoryOff
 from hf_memory.conversion.evaluate import (
     CACHE_CONTEXTS,
     SPEED_CONTEXTS,
@@ -40,7 +45,9 @@ from hf_memory.conversion.evaluate import (
     cache_growth,
     decode_speeds,
     evaluate_models,
+    paired_difference,
 )
+from hf_memory.conversion.gate import failures, figure, readable
 from hf_memory.conversion.report_plot import plot
 from hf_memory.hub.cards import listed
 
@@ -54,23 +61,26 @@ _CURVE_CONTEXTS = tuple(2**power for power in range(8, 21))
 
 
 def measure(
-    models: Mapping[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel | MemoryOff],
     blocks: torch.Tensor,
     *,
     reference: str | None = None,
     bytes_per_token: float | None = None,
     speed_contexts: Sequence[int] = SPEED_CONTEXTS,
+    cache_contexts: Sequence[int] = (),
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """
     Quality, cache sizes and decoding speed of several models, as the entry `models` of a report.
 
     Args:
-        models: causal language models by name, in the order of the table.
+        models: causal language models by name, in the order of the table. Of one with its memories off the quality
+            alone is measured: the rest is that of the model itself.
         blocks: held-out text, `[N, T]` int64, without padding. The speed is measured on it too.
         reference: name of the model that the others are compared with. Default: no comparison.
         bytes_per_token: of the held-out text. Default: bits per token only.
         speed_contexts: lengths behind which decoding is timed. Default: 1k and 8k; empty leaves it out.
+        cache_contexts: lengths at which the cache is measured beside those of the table and the picture.
         on_progress: called as `on_progress(done, N)` while the blocks are read.
 
     Raises:
@@ -79,13 +89,14 @@ def measure(
     qualities = evaluate_models(
         models, blocks, reference=reference, bytes_per_token=bytes_per_token, on_progress=on_progress
     )
-    contexts = sorted({*CACHE_CONTEXTS, *_CURVE_CONTEXTS})
-    speeds = decode_speeds(models, speed_contexts, tokens=blocks.flatten()) if speed_contexts else {}
-    measured = {}
-    for name, model in models.items():
+    contexts = sorted({*CACHE_CONTEXTS, *_CURVE_CONTEXTS, *cache_contexts})
+    whole = {name: model for name, model in models.items() if not isinstance(model, MemoryOff)}
+    speeds = decode_speeds(whole, speed_contexts, tokens=blocks.flatten()) if speed_contexts else {}
+    measured: dict[str, Any] = {name: {"quality": asdict(quality)} for name, quality in qualities.items()}
+    for name, model in whole.items():
         measured[name] = {
             "parameters": model.num_parameters(),
-            "quality": asdict(qualities[name]),
+            **measured[name],
             "cache": [asdict(size) for size in cache_growth(model.config, model.dtype, contexts)],
             "speed": [asdict(speed) for speed in speeds.get(name, [])],
         }
@@ -170,14 +181,27 @@ def rows(report: Report) -> list[tuple[str, list[str]]]:
     )
     for tokens in CACHE_CONTEXTS:
         sizes = [_at(model.get("cache", []), "tokens", tokens) for model in models]
-        cells = [readable_size(size["kv_bytes"] + size["memory_bytes"]) if size else "" for size in sizes]
+        cells = [readable_size(_cache_bytes(size)) if size else "" for size in sizes]
         found.append((f"cache of {tokens // 1024}k tokens", cells))
         found.append(("  of it keys and values", [readable_size(size["kv_bytes"]) if size else "" for size in sizes]))
     for context in sorted({speed["context"] for model in models for speed in model.get("speed", [])}):
         speeds = [_at(model.get("speed", []), "context", context) for model in models]
         cells = [_number(speed.get("tokens_per_second"), ",.0f") for speed in speeds]
         found.append((f"decoding behind {context:,} tokens, tokens/s", cells))
-    return [(label, cells) for label, cells in found if any(cells)]
+    return [(label, cells) for label, cells in found + _recall_rows(models) if any(cells)]
+
+
+def _recall_rows(models: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    lengths = sorted({length for model in models for length in model.get("recall", {}).get("lengths", [])})
+    found = []
+    for length in lengths:
+        cells = []
+        for model in models:
+            recall = model.get("recall", {})
+            asked = dict(zip(recall.get("lengths", []), recall.get("accuracy", [])))
+            cells.append(f"{sum(asked[length]) / len(asked[length]):.0%}" if length in asked else "")
+        found.append((f"recall over {length:,} tokens", cells))
+    return found
 
 
 def notes(report: Report) -> list[str]:
@@ -185,6 +209,13 @@ def notes(report: Report) -> list[str]:
     found = []
     if (growth := _growth_note(report)) is not None:
         found.append(growth)
+    found += _control_notes(report)
+    if (recall := report["models"].get(report.get("student", "student"), {}).get("recall")) is not None:
+        texts = f"{recall['samples']} text{'s' if recall['samples'] > 1 else ''}"
+        found.append(
+            f"Recall: how often, of {recall['choices']} values, the one that stood once in the text is likeliest when "
+            f"asked for; {texts} at each of {len(recall['depths'])} depths. Guessing gets one in {recall['choices']}."
+        )
     for name, bits in report.get("baselines", {}).items():
         found.append(f"{name}: {bits:.4f} bits per byte of the same held-out text.")
     found += report.get("notes", [])
@@ -192,6 +223,29 @@ def notes(report: Report) -> list[str]:
         versions = ", ".join(f"{name} {where[name]}" for name in ("python", "torch", "transformers", "hf_memory"))
         dtype = f" in {where['dtype']}" if "dtype" in where else ""
         found.append(f"Measured{dtype} on {where['device']}; {versions}.")
+    return found
+
+
+def _control_notes(report: Report) -> list[str]:
+    """The student against its teacher, and against both controls."""
+    models, student, controls = report["models"], report.get("student", "student"), report.get("controls", {})
+    found = []
+    against = (
+        ("gap", f"its {report.get('reference', 'teacher')}"),
+        ("gap_continued", "the teacher that was trained on with as many tokens of the same text"),
+    )
+    for name, what in against:
+        if (gap := figure(report, name)) is not None and controls:
+            found.append(f"The {student} needs {abs(gap):.1%} {'more' if gap > 0 else 'less'} bits than {what}.")
+    off = models.get(controls.get("off"), {}).get("quality")
+    if off and (parts := _parts(models.get(student, {}))):
+        where = f"From token {parts[-1]['start']:,} on" if len(parts) > 1 else "Over whole blocks"
+        gain, error = paired_difference(models[student]["quality"]["block_bits"], off["block_bits"], part=-1)
+        sure = f" (standard error over blocks {error:.4f})" if math.isfinite(error) else ""
+        found.append(
+            f"{where} the {student} needs {abs(gain):.4f} bits per token {'less' if gain > 0 else 'more'} than with "
+            f"its memory off{sure}."
+        )
     return found
 
 
@@ -226,7 +280,21 @@ def shortcomings(report: Report) -> list[str]:
     own, others = student.get("parameters"), reference.get("parameters")
     if own and others and own > others:
         found.append(f"It has {own / others - 1:.0%} more parameters.")
+    found += _recall_shortcomings(student, reference, name)
+    found += [f"It does not meet the requirement {text}, which its conversion was given." for text in failures(report)]
     return found
+
+
+def _recall_shortcomings(student: dict, reference: dict, name: str) -> list[str]:
+    mine, theirs = (model.get("recall") for model in (student, reference))
+    if not mine or not theirs:
+        return []
+    behind = []
+    for length, own, others in zip(mine["lengths"], mine["accuracy"], theirs["accuracy"]):
+        if sum(own) < sum(others):
+            pair = (f"{sum(row) / len(row):.0%}" for row in (own, others))
+            behind.append(f"{' against '.join(pair)} over {length:,} tokens")
+    return [f"It recalls less than the {name}: {', '.join(behind)}."] if behind else []
 
 
 def _loss_shortcomings(student: dict, reference: dict, name: str, key: str, unit: str) -> list[str]:
@@ -256,19 +324,71 @@ def rich_table(report: Report) -> Table:
     return table
 
 
+def rich_report(report: Report) -> Group:
+    """The table of the models, with the notes, and below it those of the stages and of the requirements."""
+    tables = [rich_table(report)]
+    for title, header, lines in side_tables(report):
+        table = Table(*header, title=title, box=SIMPLE, title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for line in lines:
+            table.add_row(*map(escape, line))
+        tables.append(table)
+    return Group(*tables)
+
+
+def side_tables(report: Report) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of the tables beside that of the models: the stages and the requirements."""
+    found = []
+    if stages := report.get("stages"):
+        per_byte = stages[0]["student"]["whole"].get("bits_per_byte") is not None
+        unit, key = ("byte", "bits_per_byte") if per_byte else ("token", "bits_per_token")
+        header = ["", f"bits per {unit}", "KL, bits per token", "agreement"]
+        lines = [[f"after {stage['stage']}", *_stage_cells(stage["student"]["whole"], key)] for stage in stages]
+        lines.append(["teacher", *_stage_cells(stages[0]["teacher"]["whole"], key)])
+        blocks = stages[0]["blocks"]
+        found.append((f"Stage by stage, on {blocks} held-out block{'s' if blocks > 1 else ''}", header, lines))
+    if gate := report.get("gate"):
+        lines = [
+            [entry["require"], readable(entry["name"], entry["measured"]), "passed" if entry["passed"] else "FAILED"]
+            for entry in gate
+        ]
+        found.append(("Requirements", ["required", "measured", "result"], lines))
+    return found
+
+
+def _stage_cells(whole: dict[str, Any], key: str) -> list[str]:
+    return [
+        _number(whole.get(key), ".4f"),
+        _number(whole.get("kl_bits_per_token"), ".4f"),
+        _number(whole.get("agreement"), ".1%"),
+    ]
+
+
 def markdown_table(report: Report) -> str:
-    """The same table in GitHub's markdown."""
-    lines = ["| | " + " | ".join(report["models"]) + " |", "|---|" + "---:|" * len(report["models"])]
+    """The table of the models in GitHub's markdown."""
+    lines = []
     for label, cells in rows(report):
         name = "\u2003" + label.strip() if label.startswith(" ") else label
-        lines.append("| " + " | ".join([name.replace("||", "‖"), *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([name.replace("||", "‖"), *cells])
+    return _markdown(["", *report["models"]], lines)
+
+
+def markdown_tables(report: Report) -> str:
+    """That table, and those of the stages and of the requirements."""
+    others = [f"{title}:\n\n{_markdown(header, lines)}" for title, header, lines in side_tables(report)]
+    return "\n\n".join([markdown_table(report), *others])
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    written = ["| " + " | ".join(header).lstrip() + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*written, *("| " + " | ".join(line) + " |" for line in lines)])
 
 
 def markdown(report: Report) -> str:
-    """Title, table and notes."""
+    """Title, tables and notes."""
     sentences = "\n".join(f"- {note}" for note in notes(report))
-    return f"## {report['title']}\n\n{markdown_table(report)}\n" + (f"\n{sentences}\n" if sentences else "")
+    return f"## {report['title']}\n\n{markdown_tables(report)}\n" + (f"\n{sentences}\n" if sentences else "")
 
 
 def _growth_note(report: Report) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +15,18 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from hf_memory._cli.loading import UserError, load_config, load_model, load_tokenizer, resolve_device
-from hf_memory._cli.state_size import build_without_weights
-from hf_memory.conversion.adapters import load_adapters, save_adapters
+from hf_memory._cli.state_size import build_without_weights, readable_size
+from hf_memory.conversion.adapters import save_adapters
+from hf_memory.conversion.assessment import Assessment
+from hf_memory.conversion.auto_layers import LABEL, SENSITIVITY, LayerSearch, alignment, publish_choices
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
-from hf_memory.conversion.data import Batches, Corpus, bytes_per_token, load_corpus
+from hf_memory.conversion.data import Batches, Corpus, load_corpus
+from hf_memory.conversion.footprint import PeakMeter, expected_peak
+from hf_memory.conversion.layer_choice import is_auto, parse_budget, plan_cache
+from hf_memory.conversion.loading import check_bits, layers_on_disk, load_teacher
 from hf_memory.conversion.processes import (
     check_equal,
+    check_share,
     from_main,
     leave,
     lost_another,
@@ -35,15 +41,20 @@ from hf_memory.conversion.sampling import SampledText, is_teacher, sampled_size
 from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
-from hf_memory.conversion.training import Run, fingerprint, last_checkpoint, seed_of, train_stage
+from hf_memory.conversion.training import (
+    Run,
+    as_masters,
+    fingerprint,
+    last_checkpoint,
+    load_tensors,
+    seed_of,
+    train_stage,
+)
 
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-# A curve in the report has so many points at most, each the mean of the steps around it.
-CURVE_POINTS = 400
 
 
 def convert(recipe: Recipe, *, restart: bool = False) -> Path:
@@ -62,7 +73,8 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
         restart: Delete what an earlier conversion to the same output left. Default: continue it.
 
     Returns:
-        The folder of the model.
+        The folder of the model. A requirement that is not met does not keep it back: `gate.failures` of what
+        `read_report` finds in the folder names those.
 
     Raises:
         ConversionError: One sentence, for an input that cannot be used, a work folder that belongs to another recipe,
@@ -87,7 +99,8 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
             work = WorkFolder(recipe.output, restart, accelerator.is_main_process)
             with together(accelerator):
                 stack.enter_context(work)
-            folder = _Conversion(recipe, work, accelerator).run()
+                conversion = _Conversion(recipe, work, accelerator)
+            folder = conversion.run()
         leave(accelerator)
         return folder
     except UserError as error:
@@ -112,16 +125,18 @@ class _Conversion:
         self.voice = Voice(silent=not accelerator.is_main_process)
         self.origin = (recipe.trust_remote_code, recipe.revision)
         self.config = self._teacher_config(recipe)
-        count = self.config.get_text_config(decoder=True).num_hidden_layers
+        numbers = recipe.layer_numbers(self._num_layers)
         # Numbers instead of words, so that the same layers under another name are the same recipe.
-        self.recipe = replace(recipe, layers=recipe.layer_numbers(count))
+        self.recipe = recipe if is_auto(recipe.layers) else replace(recipe, layers=numbers)
         self.device = place_of(accelerator, resolve_device(recipe.device))
+        self.placement = recipe.device_map
         self.dtype = _compute_dtype(recipe, self.device)
 
     def run(self) -> Path:
         main = self.accelerator.is_main_process
         with together(self.accelerator):
-            self._check_shares()
+            for label, stage in self._all_stages.items():
+                check_share(self.accelerator, label, self.recipe.batch_size_of(stage))
             self.work.compare(self.recipe)
         if from_main(self.accelerator, self.work.finished):
             self.voice.say(f"{str(self.work.output)!r} was finished before.")
@@ -130,26 +145,25 @@ class _Conversion:
             self._check_surgery()
             if main and is_teacher(self.recipe.data):
                 self.work.claim(self.recipe)
+                self.voice.say(f"Expected peak of memory: {self.expected}")
                 self._sample()
         with together(self.accelerator):
             tokenizer, corpus = self._text()
+            if corpus is not None:
+                parts = (self.recipe, self.work, self.voice, self.accelerator, self.device, self.dtype)
+                self.assessment = Assessment(*parts, corpus, tokenizer)
             self.work.claim(self.recipe)
+        if not is_teacher(self.recipe.data):
+            self.voice.say(f"Expected peak of memory: {self.expected}")
+        self.peak = PeakMeter(self.device)
         # Teacher and student of the training are gone by the time the model is built again.
         trained = self._train(corpus)
+        if "continued" in self.recipe.controls:
+            self.assessment.train_control(self._load(self._precision, self.device, None, None))
         with together(self.accelerator):
             if main:
                 self._write(trained, tokenizer, corpus)
         return self.work.output
-
-    def _check_shares(self) -> None:
-        count = self.accelerator.num_processes
-        for label, stage in self.recipe.training_stages.items():
-            size = self.recipe.batch_size_of(stage)
-            if size % count:
-                raise ConversionError(
-                    f"`batch_size` {size} of stage {label} cannot be shared evenly among {count} processes: give a "
-                    f"multiple of {count}."
-                )
 
     def _write(
         self, trained: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase | None, corpus: Corpus | None
@@ -183,15 +197,63 @@ class _Conversion:
         return config
 
     def _check_surgery(self) -> None:
-        """The whole surgery on tensors without memory, before anything large is loaded."""
+        """Surgery and stages on tensors without memory, before anything large is loaded; what the run will need."""
+        check_bits(self.recipe.teacher_bits)
+        # A model made of a configuration writes its own dtype into it.
+        saved_dtype = self._saved_dtype()
         with torch.device("meta"):
-            self._student_of(build_without_weights(self.config, torch.float32))
+            skeleton = build_without_weights(self.config, self.dtype)
+            student = self._student_of(skeleton)
+            self.cache_plan = None
+            if self.recipe.cache_budget is not None:
+                everywhere = self._student_of(skeleton, range(self._num_layers)).config
+                budget = parse_budget(self.recipe.cache_budget)
+                self.cache_plan = plan_cache(budget, self.config, everywhere, saved_dtype)
+        if self.recipe.stream:
+            self.placement = layers_on_disk(skeleton, self.device)
+        parts = (self.recipe, skeleton, student, self.device, self.accelerator.num_processes)
+        self.expected = expected_peak(*parts)
+        with torch.device("meta"):
+            for options in self._all_stages.values():
+                make_stage(options, skeleton, student).finish()
+        if self.cache_plan is not None and not self._searches:
+            self.cache_plan.check(self._layers)
+        elif self.cache_plan is not None:
+            self.cache_plan.needed()
 
-    def _student_of(self, teacher: PreTrainedModel) -> PreTrainedModel:
+    @property
+    def _precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def _num_layers(self) -> int:
+        return self.config.get_text_config(decoder=True).num_hidden_layers
+
+    @property
+    def _layers(self) -> list[int]:
+        """The layers to convert; all, as long as they are not found yet."""
+        return self.recipe.layer_numbers(self._num_layers)
+
+    @property
+    def _searches(self) -> bool:
+        return is_auto(self.recipe.layers) and self.recipe.chosen_layers is None
+
+    @property
+    def _all_stages(self) -> dict[str, TrainingStage]:
+        """The stages that train, with the alignment of all layers in front when layers are to be found."""
+        searched = {LABEL: alignment(self.recipe)} if self._searches else {}
+        return searched | self.recipe.training_stages
+
+    def _saved_dtype(self) -> torch.dtype:
+        if self.recipe.save_dtype != "teacher":
+            return getattr(torch, self.recipe.save_dtype)
+        return self.config.get_text_config(decoder=True).dtype or torch.float32
+
+    def _student_of(self, teacher: PreTrainedModel, layers: Sequence[int] | None = None) -> PreTrainedModel:
         recipe = self.recipe
         return build_student(
             teacher,
-            layers=recipe.layers,
+            layers=self._layers if layers is None else layers,
             memory=recipe.memory,
             memory_options=recipe.memory_options,
             mode=recipe.mode,
@@ -223,7 +285,7 @@ class _Conversion:
         if not text.missing:
             return
         tokenizer = load_tokenizer(self.recipe.teacher, *self.origin)
-        teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
+        teacher = self._load_teacher(self._precision, self.device)
         if tokenizer.bos_token_id is None:
             self.voice.say("The teacher has no token to begin a text with: each begins with a random one.")
         what = "sampling from the teacher, in tokens"
@@ -238,26 +300,34 @@ class _Conversion:
         from hf_memory.conversion.card import without_paths
 
         recipe, stages = self.recipe, self.recipe.training_stages
-        done = last_checkpoint(self.work, self.accelerator, list(stages))
+        labels = list(self._all_stages)
+        done = last_checkpoint(self.work, self.accelerator, labels)
         with together(self.accelerator):
-            teacher = self._load_teacher(str(self.dtype).removeprefix("torch."), self.device)
-            identity = {"teacher": fingerprint(teacher), "data": corpus.fingerprint if corpus is not None else ""}
+            precision = self._precision
+            teacher = self._load_teacher(precision, self.device)
+            # Weights in a few bits are nothing to inherit.
+            source = teacher if recipe.teacher_bits is None else self._load_plain(precision, torch.device("cpu"))
+            identity = {"teacher": fingerprint(source), "data": corpus.fingerprint if corpus is not None else ""}
             if done is not None:
                 self._check_unchanged(done, identity)
-            student = self._student_of(teacher).requires_grad_(True)
+            student = self._student_of(source).requires_grad_(True).to(self.device)
+            del source
         check_equal(self.accelerator, "a teacher", identity["teacher"])
         check_equal(self.accelerator, "data", identity["data"])
-        self._say_plan(student, corpus)
-        if not stages:
-            return {}
-        labels = list(stages)
         run = Run(self.work, recipe.checkpoint_seconds, self.voice, self.accelerator, student, labels, identity)
+        # When layers are chosen, another takes its place.
+        del student
         if done is not None:
             self.voice.say(f"Continuing from the checkpoint {done.name}.")
-        behind = -1 if done is None else labels.index(done.stage)
         with tracked(self.accelerator, self.work.output.name, without_paths(recipe.to_dict())):
+            if self._searches:
+                self._choose_layers(run, teacher, corpus, done)
+            self._say_plan(run.student, corpus)
+            if stages:
+                self.assessment.behind_stage("init", teacher, run.student)
+            behind = -1 if done is None or done.stage == LABEL else list(stages).index(done.stage)
             for number, (label, options) in enumerate(stages.items()):
-                stage = make_stage(options, teacher, student, seed_of(recipe.seed, number))
+                stage = make_stage(options, teacher, run.student, seed_of(recipe.seed, number))
                 steps = recipe.steps_of(options)
                 if number < behind:
                     run.trained |= stage.finish()
@@ -266,11 +336,37 @@ class _Conversion:
                 size, context = recipe.batch_size_of(options), recipe.context_of(options)
                 batches = Batches(corpus.train, context, size, (recipe.seed, number))
                 train_stage(run, label, stage, batches, steps, done if number == behind else None)
+                self.assessment.behind_stage(label, teacher, run.student)
         return {name: value.detach().cpu() for name, value in run.trained.items()}
 
-    def _load_teacher(self, dtype: str, device: torch.device | str) -> PreTrainedModel:
+    def _choose_layers(self, run: Run, teacher: PreTrainedModel, corpus: Corpus, done: Checkpoint | None) -> None:
+        """Put a student with memories in the layers that cost least into a run; its memories start aligned."""
+        chosen, tensors = LayerSearch(run, self.recipe, teacher, corpus, self.cache_plan).choose(done)
+        self.recipe = replace(self.recipe, chosen_layers=chosen)
+        run.student = self._student_of(teacher).requires_grad_(True)
+        run.trained = memory_parameters(run.student)
+        as_masters(run.trained)
+        if tensors:
+            load_tensors(run.trained, tensors)
+
+    def _load_teacher(self, dtype: str, device: torch.device) -> PreTrainedModel:
+        """The teacher to read with, placed as the recipe says."""
+        return self._load(dtype, device, self.placement, self.recipe.teacher_bits)
+
+    def _load(
+        self, dtype: str, device: torch.device, placement: str | dict[str, Any] | None, bits: int | None
+    ) -> PreTrainedModel:
         self.voice.say(f"Loading {self.recipe.teacher}")
-        return load_model(self.recipe.teacher, str(device), dtype, *self.origin).requires_grad_(False)
+        how = {"device_map": placement, "bits": bits, "offload": self.work.path / "offload"}
+        origin = dict(zip(("trust_remote_code", "revision"), self.origin))
+        return load_teacher(self.recipe.teacher, device, dtype, **how, **origin)
+
+    def _load_plain(self, dtype: str, device: torch.device) -> PreTrainedModel:
+        """The teacher as it is stored, with its layers on disk if it is streamed."""
+        placement = None
+        if self.recipe.stream:
+            placement = {name: "disk" if where == "disk" else str(device) for name, where in self.placement.items()}
+        return self._load(dtype, device, placement, None)
 
     def _check_unchanged(self, done: Checkpoint, identity: dict[str, str]) -> None:
         for name, value in identity.items():
@@ -289,7 +385,7 @@ class _Conversion:
 
     def _say_plan(self, student: PreTrainedModel, corpus: Corpus | None) -> None:
         recipe, say = self.recipe, self.voice.say
-        layers = ", ".join(map(str, recipe.layers)) or "none"
+        layers = ", ".join(map(str, self._layers)) or "none"
         how = {"replace": "in place of attention", "retrofit": "beside attention over a window"}[recipe.mode]
         say(f"Teacher {recipe.teacher}: {self.config.model_type}, {student.config.num_hidden_layers} layers")
         say(f"Layers that get a {recipe.memory} memory {how}: {layers}")
@@ -304,12 +400,12 @@ class _Conversion:
             say(
                 f"Stage {label} trains {trains}: {stage.tokens:,} tokens, {steps:,} steps of {size} blocks of {length}"
             )
-        precision = str(self.dtype).removeprefix("torch.")
+        precision = self._precision
         say(f"On {self.device} in {precision}; unfinished work lies in {self.work.path}")
 
     def _final_model(self, trained: dict[str, torch.Tensor]) -> PreTrainedModel:
         """The teacher's tensors as they are stored, with the surgery done again and the trained weights on top."""
-        final = self._student_of(self._load_teacher("auto", "cpu"))
+        final = self._student_of(self._load_plain("auto", torch.device("cpu")))
         with torch.no_grad():
             for name, parameter in final.named_parameters():
                 if name in trained:
@@ -338,50 +434,29 @@ class _Conversion:
             tokenizer.save_pretrained(folder)
         report = None
         if corpus is not None:
-            report = self._report(corpus, tokenizer)
+            report = self._report()
             write_report(report, folder, self.voice.console)
         if recipe.code:
             from hf_memory.hub.remote_code import export_remote_code
 
             export_remote_code(final, folder)
+        publish_choices(self.work.path / SENSITIVITY, folder, f"{Path(recipe.teacher).name}: {recipe.layers}")
         write_recipe(folder, recipe.to_dict())
         revision = getattr(self.config, "_commit_hash", None) or recipe.revision
         write_card(folder, config=final.config, recipe=recipe.to_dict(), report=report, revision=revision)
 
-    def _report(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """Teacher and saved student measured on the held-out blocks."""
-        from hf_memory.conversion.evaluate import SPEED_CONTEXTS
-        from hf_memory.conversion.report import environment, measure
-
-        recipe, precision = self.recipe, str(self.dtype).removeprefix("torch.")
-        blocks = corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
-        models = {
-            "teacher": self._load_teacher(precision, self.device),
-            "student": load_adapters(load_model(str(self.work.model), str(self.device), precision), self.work.model),
-        }
-        with self.voice.progress("evaluating, in blocks", len(blocks)) as bar:
-            measured = measure(
-                models,
-                blocks,
-                reference="teacher",
-                bytes_per_token=bytes_per_token(blocks, tokenizer),
-                speed_contexts=[tokens for tokens in SPEED_CONTEXTS if tokens <= recipe.context],
-                on_progress=lambda done, total: bar.update(done),
-            )
-        return {
-            "title": f"{Path(recipe.teacher).name} with {recipe.memory} memory",
-            "converted": {
-                "layers": recipe.layers,
-                "of": self.config.get_text_config(decoder=True).num_hidden_layers,
-                "memory": recipe.memory,
-                "mode": recipe.mode,
-            },
-            "student": "student",
-            "reference": "teacher",
-            "models": measured,
-            "curves": curves(self.work.log().read(), recipe.training_stages),
-            "environment": environment(self.device) | {"dtype": precision},
-        }
+    def _report(self) -> dict[str, Any]:
+        """Teacher, saved student and controls measured on the held-out blocks, and the peak of memory."""
+        teacher = self._load_teacher(self._precision, self.device)
+        stages = {LABEL: alignment(self.recipe)} | self.recipe.training_stages
+        report = self.assessment.report(teacher, self._layers, stages)
+        used, expected = self.peak.measure(), self.expected
+        report["peak"] = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
+        measured = "not known" if used is None else f"{readable_size(used)} used"
+        report.setdefault("notes", []).append(
+            f"Peak of memory on {self.device}: {measured}, {readable_size(expected.total)} expected."
+        )
+        return report
 
 
 def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
@@ -389,25 +464,6 @@ def _compute_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
         return getattr(torch, recipe.dtype)
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if has_bfloat16 else torch.float32
-
-
-def curves(log: list[dict[str, Any]], stages: Mapping[str, TrainingStage]) -> list[dict[str, Any]]:
-    """The losses of the log by stage, as a report draws them."""
-    found = []
-    for label in dict.fromkeys(line["stage"] for line in log):
-        lines = [line for line in log if line["stage"] == label]
-        width = -(-len(lines) // CURVE_POINTS)
-        groups = [lines[start : start + width] for start in range(0, len(lines), width)]
-        found.append(
-            {
-                "stage": label,
-                "run": "student",
-                "unit": stages[label].unit,
-                "tokens": [group[-1]["tokens"] for group in groups],
-                "loss": [sum(line["loss"] for line in group) / len(group) for group in groups],
-            }
-        )
-    return found
 
 
 def read_report(folder: Path) -> dict[str, Any] | None:

@@ -8,11 +8,15 @@ from huggingface_hub.dataclasses import strict
 
 from hf_memory.conversion.schema import (
     ConversionError,
+    FileMapping,
     build,
     count,
+    nearest,
     not_negative,
     one_of,
     option,
+    place,
+    plain,
     positive,
     share,
 )
@@ -202,10 +206,18 @@ def default_stages() -> list[Stage]:
 def build_stage(given: Any) -> Stage:
     """A stage from its name, or from a mapping with `name` and options."""
     values = {"name": given} if isinstance(given, str) else given
-    if not isinstance(values, Mapping) or values.get("name") not in STAGES:
-        name = values.get("name") if isinstance(values, Mapping) else given
-        raise ConversionError(f"`stages` must be made of {', '.join(STAGES)}, got {name!r}.")
-    return build(STAGES[values["name"]], {k: v for k, v in values.items() if k != "name"}, f"{values['name']}.")
+    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str) or values["name"] not in STAGES:
+        name = plain(values.get("name") if isinstance(values, Mapping) else given)
+        line = (place(values, "name") or place(values)) if isinstance(values, Mapping) else ""
+        raise ConversionError(
+            f"{line}`stages` must be made of {', '.join(STAGES)}, got {name!r}{nearest(str(name), STAGES) or '.'}"
+        )
+    label = f"{values['name']}."
+    if isinstance(values, FileMapping):
+        values = FileMapping(values, values.file, values.line, values.lines)
+    else:
+        values = dict(values)
+    return build(STAGES[values.pop("name")], values, label)
 
 
 __all__ = [

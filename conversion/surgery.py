@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from hf_memory.conversion.loading import fetched, values
+from hf_memory.conversion.projections import Projections, read_projections
+from hf_memory.conversion.teachers import attention_of_layers, refuse_unsupported
 from hf_memory.layers import InitialMemory
 from hf_memory.models.hybrid.configuration_hybrid import MemoryHybridConfig, teacher_windows
 from hf_memory.models.hybrid.modeling_hybrid import (
@@ -18,7 +21,7 @@ from hf_memory.models.hybrid.modeling_hybrid import (
 )
 
 
-__all__ = ["build_student", "decoder_layers", "memory_parameters", "memory_slots", "new_parameters"]
+__all__ = ["build_student", "decoder_layers", "find_attention", "memory_parameters", "memory_slots", "new_parameters"]
 
 DEFAULT_WINDOW = 512
 # x where the nonlinearity of an output gate is 1: gates start open.
@@ -26,7 +29,6 @@ OPEN_GATES = {"silu": 1.278464542761, "gelu": 1.144450718353}
 # Attention forgets nothing: a matrix memory in its place starts by forgetting 0.1 % per token, and writes with half of
 # its largest step. A deep memory keeps its own start, which is what its conditioning allows.
 SLOW_FORGETTING, HALF_STEP = -7.0, 0.0
-Projections = dict[str, tuple[Tensor, Tensor | None]]
 
 
 def build_student(
@@ -48,7 +50,7 @@ def build_student(
     whole memory adds nothing.
 
     Args:
-        teacher: causal language model of transformers.
+        teacher: causal language model of transformers; a part of it may lie on disk.
         layers: indices of the layers that get a memory; none gives the teacher's function under another name.
         memory: model type of the memory's architecture.
         memory_options: fields of that architecture's configuration.
@@ -65,7 +67,7 @@ def build_student(
     if mode == "retrofit" and window is None:
         known = [width for width in teacher_windows(teacher.config) if width is not None]
         window = min([DEFAULT_WINDOW, *known])
-    attentions = [find_attention(layer)[1] for layer in decoder_layers(teacher)]
+    refuse_unsupported(teacher)
     try:
         config = MemoryHybridConfig.from_teacher(
             teacher.config,
@@ -76,7 +78,16 @@ def build_student(
         )
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
-    projections = {index: read_projections(attentions[index], config) for index in config.memory_layers}
+    attentions = attention_of_layers(teacher)
+    if bare := [index for index in config.memory_layers if index not in attentions]:
+        raise ValueError(
+            f"Layer {bare[0]} has no self-attention that a memory could take over: choose among "
+            f"{', '.join(map(str, attentions))}."
+        )
+    projections = {}
+    for index in config.memory_layers:
+        with fetched(attentions[index]):
+            projections[index] = read_projections(attentions[index], config)
 
     with torch.random.fork_rng():
         set_seed(seed)
@@ -118,93 +129,16 @@ def new_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _copy_weights(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    theirs, ours = teacher.state_dict(), student.state_dict()
-    for name in set(ours) - set(memory_parameters(student)):
-        if name not in theirs or theirs[name].shape != ours[name].shape:
-            raise ValueError(
-                f"{type(teacher).__name__} has no {name} to copy; hybrids of this model are not supported."
-            )
-        ours[name].copy_(theirs[name])
-
-
-def read_projections(attention: nn.Module, config: MemoryHybridConfig) -> Projections:
-    """Weights and biases of an attention module, one set of rows per query head.
-
-    Returns:
-        `"q_proj"`, `"k_proj"`, `"v_proj"` (`[H d, D]`, with the scale of their norms), `"o_proj"` (`[D, H d]`).
-
-    Raises:
-        ValueError: for a module whose projections have other names or shapes than any that is known.
-    """
-    heads, head_dim = config.attention_heads
-    parts = _separate(attention, config, heads, head_dim)
-    for name, norm_name in (("q_proj", "q_norm"), ("k_proj", "k_norm")):
-        norm = getattr(attention, norm_name, None)
-        if norm is not None:
-            parts[name] = _scaled(parts[name], norm)
-    for name in ("k_proj", "v_proj"):
-        weight, bias = parts[name]
-        repeats = heads * head_dim // weight.shape[0]
-        parts[name] = _repeat_heads(weight, head_dim, repeats), _repeat_heads(bias, head_dim, repeats)
-    for name, (weight, _) in parts.items():
-        shape = (config.hidden_size, heads * head_dim) if name == "o_proj" else (heads * head_dim, config.hidden_size)
-        if tuple(weight.shape) != shape:
-            raise ValueError(
-                f"{type(attention).__name__}.{name} is {tuple(weight.shape)}, and a memory with {heads} heads of "
-                f"width {head_dim} needs {shape}: attention with such heads cannot be converted."
-            )
-    return parts
-
-
-def _separate(attention: nn.Module, config: MemoryHybridConfig, heads: int, head_dim: int) -> Projections:
-    if all(hasattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")):
-        return {name: _linear(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    if hasattr(attention, "qkv_proj") and hasattr(attention, "o_proj"):  # Phi-3: all queries, all keys, all values
-        shared = getattr(config, "num_key_value_heads", None) or heads
-        sizes = [heads * head_dim, shared * head_dim, shared * head_dim]
-        weight, bias = _linear(attention.qkv_proj)
-        biases = (None, None, None) if bias is None else bias.split(sizes)
-        rows = zip(weight.split(sizes), biases)
-        return dict(zip(("q_proj", "k_proj", "v_proj"), rows)) | {"o_proj": _linear(attention.o_proj)}
-    if hasattr(attention, "query_key_value") and hasattr(
-        attention, "dense"
-    ):  # GPT-NeoX: query, key, value of each head
-        weight, bias = _linear(attention.query_key_value)
-        weights = weight.unflatten(0, (heads, 3, head_dim)).unbind(1)
-        biases = (None, None, None) if bias is None else bias.unflatten(0, (heads, 3, head_dim)).unbind(1)
-        rows = ((w.flatten(0, 1), None if b is None else b.flatten()) for w, b in zip(weights, biases))
-        return dict(zip(("q_proj", "k_proj", "v_proj"), rows)) | {"o_proj": _linear(attention.dense)}
-    names = ", ".join(name for name, _ in attention.named_children())
-    raise ValueError(
-        f"{type(attention).__name__} keeps its projections in a way that is not known here ({names}): its family "
-        "is not supported."
-    )
-
-
-def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(module, nn.Linear):
+    ours = student.state_dict()
+    wanted = set(ours) - set(memory_parameters(student))
+    for name, value in values(teacher):
+        if name in wanted and value.shape == ours[name].shape:
+            ours[name].copy_(value)
+            wanted.remove(name)
+    if wanted:
         raise ValueError(
-            f"A projection of class {type(module).__name__} cannot be inherited: load the teacher unquantised."
+            f"{type(teacher).__name__} has no {min(wanted)} to copy; hybrids of this model are not supported."
         )
-    return module.weight.detach(), None if module.bias is None else module.bias.detach()
-
-
-def _scaled(rows: tuple[Tensor, Tensor | None], norm: nn.Module) -> tuple[Tensor, Tensor | None]:
-    # Whatever the norm's convention (w or 1 + w), it maps ones to its scale. Its division by the length is of no
-    # consequence to memories, which bring queries and keys to unit length themselves.
-    weight, bias = rows
-    parameter = next(norm.parameters(), None)
-    if parameter is None:
-        return rows
-    scale = norm(torch.ones_like(parameter)).detach()
-    scale = scale.repeat(weight.shape[0] // scale.shape[0]).to(weight.dtype)
-    return weight * scale[:, None], None if bias is None else bias * scale
-
-
-def _repeat_heads(rows: Tensor | None, head_dim: int, repeats: int) -> Tensor | None:
-    if rows is None or repeats <= 1:
-        return rows
-    return rows.unflatten(0, (-1, head_dim)).repeat_interleave(repeats, dim=0).flatten(0, 1)
 
 
 @torch.no_grad()

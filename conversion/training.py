@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from hf_memory.conversion.checkpoints import Checkpoint, WorkFolder
 from hf_memory.conversion.data import Batches
+from hf_memory.conversion.loading import values
 from hf_memory.conversion.not_finite import first_not_finite
-from hf_memory.conversion.processes import check_equal, from_main, gathered, together
+from hf_memory.conversion.processes import check_equal, check_share, gathered, together
 from hf_memory.conversion.progress import Interruption, Voice
 from hf_memory.conversion.schema import ConversionError
 from hf_memory.conversion.stage_options import TrainingStage
@@ -172,6 +173,7 @@ class _Loop:
         """One update; what the progress bar says about it."""
         accelerator, options = self.run.accelerator, self.stage.options
         blocks = self.batches[step]
+        check_share(accelerator, self.label, len(blocks))
         rows = blocks[accelerator.process_index :: accelerator.num_processes].to(self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, group["peak"], step, self.steps)
@@ -259,16 +261,15 @@ class _Loop:
         """Write a checkpoint behind `step` updates; its name."""
         numbers = {"stage": self.label, "step": step, "ended": ended, "recent": list(self.recent)}
         numbers |= {"threads": torch.get_num_threads(), "processes": self.run.accelerator.num_processes}
+        checkpoint = Checkpoint(self.label, step, numbers | self.run.identity, {})
         with together(self.run.accelerator):
-            name = ""
             if self.run.accelerator.is_main_process:
                 trained = self.run.trained | self.stage.parameters_by_name
-                tensors = {f"weight.{name}": value.detach().cpu() for name, value in trained.items()}
+                checkpoint.tensors.update({f"weight.{name}": value.detach().cpu() for name, value in trained.items()})
                 if not ended:
-                    tensors |= moments(self.plain_optimizer, self.stage.parameters_by_name)
-                checkpoint = Checkpoint(self.label, step, numbers | self.run.identity, tensors)
-                name = self.run.work.save(checkpoint).name
-        return from_main(self.run.accelerator, name)
+                    checkpoint.tensors.update(moments(self.plain_optimizer, self.stage.parameters_by_name))
+                self.run.work.save(checkpoint)
+        return checkpoint.name
 
 
 @contextmanager
@@ -357,10 +358,10 @@ def restore_moments(
             optimizer.state[parameters[name]][key] = value.to(place)
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Of a model's weights: names, shapes, and up to 256 evenly spread elements of each."""
     digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
+    for name, value in values(model):
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 256)][:256].float().cpu().numpy()
         digest.update(f"{name} {tuple(value.shape)}".encode() + sample.tobytes())

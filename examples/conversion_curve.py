@@ -117,6 +117,7 @@ def command(point: Point, setting: Setting) -> list[str]:
         "data": training,
         "held-out": held_out,
         "held-out-blocks": setting.blocks,
+        "recall-samples": 0,
         "context": setting.context,
         "batch-size": setting.batch,
         "device": setting.device,
@@ -134,7 +135,7 @@ def command(point: Point, setting: Setting) -> list[str]:
     words += [word for name, value in stage.items() for word in ("--set", f"{name}={value}")]
     if trains:
         words += [word for option in options or MEMORIES[memory] for word in ("--memory-option", option)]
-    return [sys.executable, "-m", "hf_memory.cli", "convert", *words, "--no-code"]
+    return [sys.executable, "-m", "hf_memory.cli", "convert", *words, "--no-code", "--no-evaluate-stages"]
 
 
 def run(point: Point, setting: Setting, end: float | None) -> str | None:

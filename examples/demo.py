@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,10 +37,11 @@ from transformers.utils import logging
 
 from hf_memory.conversion.card import write_card
 from hf_memory.conversion.data import bytes_per_token, load_corpus
-from hf_memory.conversion.evaluate import SPEED_CONTEXTS, paired_difference
+from hf_memory.conversion.evaluate import SPEED_CONTEXTS
+from hf_memory.conversion.probe import Probe, probe_lengths
 from hf_memory.conversion.recipe import ConversionError, Recipe, read_recipe
-from hf_memory.conversion.report import environment, measure, rich_table, write_report
-from hf_memory.conversion.run import convert
+from hf_memory.conversion.report import environment, measure, rich_report, write_report
+from hf_memory.conversion.run import convert, read_report
 from hf_memory.conversion.stage_options import DistillStage, InitStage
 
 
@@ -55,8 +56,15 @@ CONTINUED_LR = 1e-4
 """Of the teacher that is trained on: low, since it has been trained to the end already."""
 FIRST_LOOK = 2
 """Held-out blocks that each conversion is measured on by itself; the comparison of all reads those of the recipe."""
+RECALL_SECONDS = 10
+"""For the recall probe of all models together; one text for each length and depth is read in any case."""
 PROMPT_CHARACTERS, NEW_TOKENS = 600, 240
 
+NOTES = [
+    "Memory off: converted and trained like the student, with inner step size 0 from the start.",
+    "The text is the standard library of the Python that ran this, so the figures move a little from one version to "
+    "another.",
+]
 PLACES = {"replace": "in the place of attention", "retrofit": "beside attention that sees the last {} tokens only"}
 
 PLAN, TEXT = "plan.json", "text"
@@ -80,20 +88,21 @@ sys.stdout.buffer.write(text.encode("utf-8", "replace"))
 
 def recipes(student: Recipe) -> dict[str, Recipe]:
     """The recipe of the student and those of the controls, which read as many tokens."""
-    student = replace(student, held_out_blocks=FIRST_LOOK)
+    student = replace(student, held_out_blocks=FIRST_LOOK, recall_samples=0)
+    unobserved = replace(student, evaluate_stages=False)
     folder = Path(student.output).parent
     tokens = sum(stage.tokens for stage in student.training_stages.values())
     train_on = DistillStage(tokens=tokens, lr=CONTINUED_LR, trainable="all", kl_weight=0, ce_weight=1)
     return {
         STUDENT: student,
         OFF: replace(
-            student,
+            unobserved,
             output=str(folder / FOLDERS[OFF]),
             memory_options=student.memory_options | {"theta_max": 0},
         ),
         # A hybrid without a converted layer is the teacher.
         CONTINUED: replace(
-            student,
+            unobserved,
             output=str(folder / FOLDERS[CONTINUED]),
             layers=[],
             memory_options={},
@@ -134,31 +143,10 @@ def stage_curves(folders: dict[str, Path]) -> list[dict]:
     """Loss curves of all runs, from the report beside each model."""
     curves = []
     for name, folder in folders.items():
-        for curve in json.loads((folder / "report.json").read_text(encoding="utf-8"))["curves"]:
+        for curve in read_report(folder)["curves"]:
             stage = "cross entropy" if name == CONTINUED else curve["stage"]
             curves.append(curve | {"run": name, "stage": stage})
     return curves
-
-
-def remarks(models: dict[str, dict], is_library: bool) -> list[str]:
-    """What the figures say about memory, and what they depend on."""
-    qualities = {name: model["quality"] for name, model in models.items()}
-    parts = qualities[STUDENT]["parts"]
-    where = f"From token {parts[-1]['start']:,} on" if len(parts) > 1 else "Over whole blocks"
-    gain, error = paired_difference(*(qualities[name]["block_bits"] for name in (STUDENT, OFF)), part=-1)
-    teacher, student = (qualities[name]["whole"]["bits_per_token"] for name in ("teacher", STUDENT))
-    more = f"{abs(student / teacher - 1):.1%} {'more' if student > teacher else 'less'}"
-    found = [
-        f"The student needs {more} bits than its teacher.",
-        f"{where} the student needs {abs(gain):.4f} bits per token {'less' if gain > 0 else 'more'} than with its "
-        f"memory off (standard error over blocks {error:.4f}).",
-    ]
-    if is_library:
-        found.append(
-            "The text is the standard library of the Python that ran this, so the figures move a little from one "
-            "version to another."
-        )
-    return found
 
 
 def continue_file(folder: Path, prompt: str) -> str:
@@ -238,7 +226,7 @@ class Demo:
 
     def show(self, report: dict[str, Any]) -> None:
         """Table and continuation of a finished demo."""
-        self.console.print(rich_table(report))
+        self.console.print(rich_report(report))
         self.console.rule("prompt")
         self.console.print(report["continuation"]["prompt"], markup=False, highlight=False)
         self.console.rule("continuation")
@@ -269,6 +257,11 @@ class Demo:
                 speed_contexts=SPEED_CONTEXTS,
                 on_progress=lambda done, total: status.update(f"read {done} of {total} held-out blocks"),
             )
+        probe = Probe(tokenizer, corpus.held_out, probe_lengths(recipe.context), recipe.recall_samples)
+        with self.console.status("asking for what was hidden"):
+            recalled = probe.run(models, seconds=RECALL_SECONDS)
+        for name, recall in recalled.items():
+            measured[name]["recall"] = asdict(recall)
         config = models[STUDENT].config
         report = {
             "title": f"{Path(recipe.teacher).name}, {len(config.memory_layers)} of {config.num_hidden_layers} layers "
@@ -276,6 +269,8 @@ class Demo:
             "text": "held-out packages of Python's standard library" if self.library else "the end of the text",
             "student": STUDENT,
             "reference": "teacher",
+            "controls": {"off": OFF, "continued": CONTINUED},
+            "stages": read_report(folders[STUDENT])["stages"],
             "converted": {
                 "layers": config.memory_layers,
                 "of": config.num_hidden_layers,
@@ -285,7 +280,7 @@ class Demo:
             "models": measured,
             "curves": stage_curves(folders),
             "baselines": baselines(Path(recipe.held_out) if self.library else None, corpus.held_out, tokenizer),
-            "notes": remarks(measured, self.library),
+            "notes": NOTES if self.library else NOTES[:1],
             "environment": environment() | {"dtype": "float32"},
         }
         return report, prompt_of(tokenizer.decode(blocks[len(blocks) // 2].tolist(), skip_special_tokens=True))

@@ -1,284 +1,187 @@
 """What fixed states remember: associative recall against state size, and a passkey in inputs of growing length.
 
 Models of equal size (within 2 % of parameters) learn two synthetic tasks from scratch, each with several seeds and the
-same learning rates. A run takes at most `--seconds`; each that ends is a row of `--output`, and none is made twice, so
-that the script can be stopped and started at will.
+same learning rates. Each run that ends is a row of `--output`, also one that fails or is cut off, and none that is
+complete is made twice: the script can be stopped and started at will. What is wanted most comes first.
 
 - `recall`: pairs of a key and a value, then every key once more, in another order; the model has to name the values
-  (multi-query associative recall, Arora et al. 2023, arXiv 2312.04927).
+  (multi-query associative recall, Arora et al. 2023, arXiv 2312.04927). The width of heads changes the state's size.
 - `passkey`: four digits behind a marker, somewhere in noise; behind the marker at the end they are asked for. Trained
-  at 512 tokens, asked at up to 16,384.
+  at 512 tokens, with half of the rows showing and asking it often, tested at up to 16,384, shown once.
 
-python examples/recall.py --output runs/recall.jsonl
-python examples/recall.py --preset gpu --device cuda --output runs/recall-gpu.jsonl
+python examples/recall.py --jobs 2 --output runs/recall.jsonl
+python examples/recall.py --preset gpu --device cuda --jobs 12 --minutes 4 --output runs/recall-gpu.jsonl
 """
 
 import json
+import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from recall_report import plot, table
+from recall_report import report
+from recall_run import Setting, work
+from recall_tasks import END_OF_CALL, MODELS, TASKS, Sizes
 from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
-from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, set_seed
-
-import hf_memory
-
-
-TITANS = {"num_persistent_tokens": 0}
-GATED_DELTA_RULE = {"memory_depth": 1, "chunk_size": 1, "memory_momentum": False, "decay_before_grad": True}
-MODELS: dict[str, tuple[str, dict]] = {
-    "softmax attention": ("llama", {}),
-    "gated delta rule": ("titans", TITANS | GATED_DELTA_RULE),
-    "Titans, matrix": ("titans", TITANS | {"memory_depth": 1, "chunk_size": 1}),
-    "Titans, two layers": ("titans", TITANS | {"memory_depth": 2, "memory_expansion": 2, "chunk_size": 8}),
-    "Lattice, m = d": ("lattice", {}),
-    "Lattice, m = d/4": ("lattice", {"num_slots": 4}),
-    "Trellis": ("trellis", {"num_slots": 16}),
-    "sliding window": ("mistral", {"sliding_window": 128}),
-}
-TASKS = {
-    "recall": [name for name in MODELS if name != "sliding window"],
-    "passkey": ["gated delta rule", "Titans, matrix", "Titans, two layers", "sliding window"],
-}
-REFERENCE = "Titans, two layers"
-TOLERANCE = 0.02
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of models and tasks.
-
-    Attributes:
-        hidden, layers, heads: of the models.
-        pairs: of a key and a value in a row of `recall`.
-        symbols: keys, and values, to choose from.
-        context: tokens of a row of `passkey` in training.
-        lengths: tokens at which it is asked.
-        batch: tokens per step.
-    """
-
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 4
-    pairs: int = 16
-    symbols: int = 64
-    context: int = 512
-    lengths: tuple[int, ...] = (512, 2048, 8192, 16384)
-    batch: int = 2048
 
 
 PRESETS = {
-    "cpu": Sizes(),
-    "gpu": Sizes(hidden=128, heads=4, pairs=64, symbols=512, batch=32768),
+    "cpu": Sizes(widths=(32, 16, 8), pairs=8, symbols=16, batch=1024, steps=500, held_out=2**15),
+    "gpu": Sizes(),
 }
-DIGITS, NOISE, MARKER = 10, 32, 42
-"""Passkey tokens: digits 0 to 9, noise 10 to 41, and the marker."""
-KEY_LENGTH = 4
-IGNORED = -100
+SECONDS = {"cpu": 90.0, "gpu": 240.0}
+KEYS = ("preset", "task", "model", "width", "lr", "seed", "of_steps")
+LOG_WIDTH = 170
+START = 25
+"""Seconds that a run should have at least, else it is not begun."""
 
 
-def recall_batch(sizes: Sizes, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens `[rows, 4 pairs]`, and labels that ask for the values of the second half only."""
-    shape = rows, sizes.pairs
-    keys = torch.rand(rows, sizes.symbols, generator=generator).argsort(1)[:, : sizes.pairs]
-    values = sizes.symbols + torch.randint(sizes.symbols, shape, generator=generator)
-    order = torch.rand(shape, generator=generator).argsort(1)
-    asked = torch.stack([keys.gather(1, order), values.gather(1, order)], 2).flatten(1)
-    ids = torch.cat([torch.stack([keys, values], 2).flatten(1), asked], 1)
-    labels = torch.full_like(ids, IGNORED)
-    labels[:, 2 * sizes.pairs + 1 :: 2] = asked[:, 1::2]
-    return ids, labels
-
-
-def passkey_batch(length: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Tokens `[rows, length]`, and labels that ask for the digits at the end only."""
-    ids = DIGITS + torch.randint(NOISE, (rows, length), generator=generator)
-    digits = torch.randint(DIGITS, (rows, KEY_LENGTH), generator=generator)
-    shown = torch.cat([torch.full((rows, 1), MARKER), digits], 1)
-    ids[:, -KEY_LENGTH - 1 :] = shown
-    start = torch.randint(length - 2 * (KEY_LENGTH + 1), (rows, 1), generator=generator)
-    ids.scatter_(1, start + torch.arange(KEY_LENGTH + 1), shown)
-    labels = torch.full_like(ids, IGNORED)
-    labels[:, -KEY_LENGTH:] = digits
-    return ids, labels
-
-
-def batch_of(task: str, sizes: Sizes, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A batch to train on."""
-    if task == "recall":
-        return recall_batch(sizes, sizes.batch // (4 * sizes.pairs), generator)
-    return passkey_batch(sizes.context, sizes.batch // sizes.context, generator)
-
-
-def make_config(name: str, task: str, sizes: Sizes, intermediate: int) -> PreTrainedConfig:
-    """Configuration of one of `MODELS` for a task."""
-    model_type, fields = MODELS[name]
-    return AutoConfig.for_model(
-        model_type,
-        vocab_size=2 * sizes.symbols if task == "recall" else MARKER + 1,
-        hidden_size=sizes.hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.heads,
-        head_dim=sizes.hidden // sizes.heads,
-        max_position_embeddings=max(sizes.lengths),
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-        **({"num_key_value_heads": sizes.heads} if model_type in ("llama", "mistral") else {}),
-        **fields,
-    )
-
-
-def matched_config(name: str, task: str, sizes: Sizes) -> PreTrainedConfig:
-    """The configuration whose MLP makes the number of parameters that of `REFERENCE`, within 2 %."""
-
-    def count(model: str, width: int) -> int:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(make_config(model, task, sizes, width)).num_parameters()
-
-    target = count(REFERENCE, 2 * sizes.hidden)
-    low, high = count(name, 8), count(name, 16)
-    width = 8 + round((target - low) / ((high - low) / 8))
-    off = count(name, width) / target - 1
-    if abs(off) > TOLERANCE:
-        raise ValueError(f"No MLP width gives {name} {target} parameters, the closest is {off:+.1%} off.")
-    return make_config(name, task, sizes, width)
-
-
-@torch.no_grad()
-def accuracy(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> float:
-    """Share of the asked tokens that are the likeliest."""
-    guesses = torch.cat([model(input_ids=part).logits[:, :-1].argmax(-1) for part in ids.split(16)])
-    asked = labels[:, 1:] != IGNORED
-    return float((guesses == labels[:, 1:])[asked].float().mean())
-
-
-def evaluate(model: PreTrainedModel, task: str, sizes: Sizes) -> dict[str, float]:
-    """Accuracy at every length that a task is asked at, on inputs that no run was trained on."""
-    generator = torch.Generator().manual_seed(2**31)
-    device = model.device
-    if task == "recall":
-        ids, labels = recall_batch(sizes, 128, generator)
-        return {str(ids.shape[1]): accuracy(model, ids.to(device), labels.to(device))}
-    found = {}
-    for length in sizes.lengths:
-        ids, labels = passkey_batch(length, 32 if length <= 2048 else 8, generator)
-        found[str(length)] = accuracy(model, ids.to(device), labels.to(device))
-    return found
-
-
-@torch.no_grad()
-def state_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Size of the cache of one row behind `tokens` tokens."""
-    cache = model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=True)
-    cache = cache.past_key_values
-    if hasattr(cache, "nbytes"):
-        return cache.nbytes
-    return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-
-
-def train(run: dict, sizes: Sizes, steps: int, seconds: float, device: str) -> dict:
-    """Train one model; the row that it leaves."""
-    task, lr = run["task"], run["lr"]
-    set_seed(run["seed"])
-    model = AutoModelForCausalLM.from_config(matched_config(run["model"], task, sizes)).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    generator = torch.Generator().manual_seed(run["seed"])
-    start, done, losses = time.perf_counter(), 0, []
-    while done < steps and time.perf_counter() - start < seconds:
-        ids, labels = (x.to(device) for x in batch_of(task, sizes, generator))
-        logits = model(input_ids=ids).logits[:, :-1].float()
-        loss = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        done += 1
-    taken = time.perf_counter() - start
-    model.eval()
-    tokens = 4 * sizes.pairs if task == "recall" else sizes.context
-    return run | {
-        "accuracy": evaluate(model, task, sizes),
-        "loss": sum(losses[-10:]) / len(losses[-10:]),
-        "steps": done,
-        "of_steps": steps,
-        "seconds": round(taken, 1),
-        "parameters": model.num_parameters(),
-        "state_bytes": state_bytes(model, tokens),
-        "sizes": asdict(sizes),
-        "torch": torch.__version__,
-        "hf_memory": hf_memory.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
-    }
-
-
-def runs(tasks: list[str], models: list[str], lrs: list[float], seeds: int) -> Iterator[dict]:
-    """Everything that is to be trained, one seed of everything before the next."""
-    for seed in range(seeds):
-        for task in tasks:
-            for lr in lrs:
-                for name in TASKS[task]:
-                    if not models or name in models:
-                        yield {"task": task, "model": name, "lr": lr, "seed": seed}
+def plan(preset: str, tasks: list[str], models: list[str], lrs: list[float], seeds: int) -> list[dict]:
+    """All runs, most wanted first: recall at the first width, then one seed of all else before the next."""
+    sizes = PRESETS[preset]
+    middle = sizes.widths[0]
+    found = [
+        {"preset": preset, "task": task, "model": name, "width": width, "lr": lr, "seed": seed}
+        for seed in range(seeds)
+        for lr in lrs
+        for task in tasks
+        for width in (sizes.widths if task == "recall" else (middle,))
+        for name in TASKS[task]
+        if not models or name in models
+    ]
+    return sorted(found, key=lambda run: (run["task"], run["width"]) != ("recall", middle))
 
 
 def read_rows(file: Path) -> list[dict]:
-    """Rows of finished runs."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    """Rows of a file; of several of one run, the newest."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return list({tuple(row[name] for name in KEYS): row for row in rows}.values())
+
+
+def is_complete(row: dict) -> bool:
+    """Whether a row is what its run leads to: another try would not change it."""
+    return "error" not in row and row["cut"] != END_OF_CALL
+
+
+@dataclass
+class Worker:
+    """A process that makes runs, and the one that it is at."""
+
+    process: BaseProcess
+    connection: Connection
+    run: dict
+
+    @classmethod
+    def start(cls, threads: int) -> "Worker":
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=work, args=(theirs, threads), daemon=True)
+        process.start()
+        theirs.close()
+        return cls(process, ours, {})
+
+    def give(self, run: dict, sizes: Sizes, setting: Setting) -> None:
+        self.run = run
+        self.connection.send((run, sizes, setting))
+
+    def row(self) -> dict:
+        """What the process answers; a row also where it died."""
+        try:
+            return self.connection.recv()
+        except EOFError:
+            self.process.join()
+            return self.run | {"error": f"The process ended with code {self.process.exitcode}."}
+
+
+def make(runs: list[dict], sizes: Sizes, setting: Setting, jobs: int, threads: int) -> Iterator[dict]:
+    """Rows of runs as they end, `jobs` at a time."""
+    waiting, eager, busy, idle = list(runs), set(), [], []
+    while True:
+        while waiting and len(busy) < jobs and time.time() < setting.until - START:
+            run = waiting.pop(0)
+            graph = setting.graph and (run["task"], run["model"]) not in eager
+            worker = idle.pop() if idle else Worker.start(threads)
+            worker.give(run, sizes, replace(setting, graph=graph))
+            busy.append(worker)
+        if not busy:
+            return
+        ready = wait([worker.connection for worker in busy], max(0, setting.until - time.time()))
+        for worker in [worker for worker in busy if worker.connection in ready or not ready]:
+            busy.remove(worker)
+            row = worker.row() if ready else worker.run | {"error": "Nothing had come when the time was up."}
+            if "error" in row or "graph_error" in row:  # what it did to the device must not reach the next run
+                worker.process.kill()
+            else:
+                idle.append(worker)
+            if "graph_error" in row:
+                eager.add((row["task"], row["model"]))
+                waiting.insert(0, worker.run)
+            yield row
+
+
+def line(row: dict) -> str:
+    """A row in short."""
+    name = f"{row['task']:8} {row['model']:18} width {row['width']:<3} lr {row['lr']:<6g} seed {row['seed']}"
+    if "accuracy" not in row:
+        return f"{name}  {row.get('error') or 'no CUDA graph, again without: ' + row['graph_error']}"
+    shown = "  ".join(f"{length}: {share:.0%}" for length, share in row["accuracy"].items())
+    cut = f", cut: {row['cut']}" if row["cut"] else ""
+    return f"{name}  {shown}  step {row['steps']} in {row['seconds']:.0f} s + {row['seconds_asking']:.0f} s{cut}"
+
+
+def check(preset: str, tasks: list[str], models: list[str]) -> None:
+    """Refuse names that do not exist."""
+    for kind, given, known in (("preset", [preset], PRESETS), ("task", tasks, TASKS), ("model", models, MODELS)):
+        for name in given:
+            if name not in known:
+                raise typer.BadParameter(f"Unknown {kind} {name!r}, use one of: {'; '.join(known)}.")
 
 
 def main(
     output: Annotated[Path, typer.Option(help="File of rows.")] = Path("runs/recall.jsonl"),
     preset: Annotated[str, typer.Option(help=f"Sizes: {', '.join(PRESETS)}.")] = "cpu",
     tasks: Annotated[str, typer.Option(help="Which tasks.")] = ",".join(TASKS),
-    models: Annotated[list[str] | None, typer.Option(help="Which models; all by default.")] = None,
+    models: Annotated[list[str] | None, typer.Option(help="Which model; several times for several, else all.")] = None,
     lrs: Annotated[str, typer.Option(help="Peak learning rates; every model gets each.")] = "3e-3,1e-2",
     seeds: Annotated[int, typer.Option(help="Seeds per model and learning rate.")] = 3,
-    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 600,
-    seconds: Annotated[float, typer.Option(help="A run stops here, wherever it is.")] = 90,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = torch.get_num_threads(),
+    steps: Annotated[int | None, typer.Option(help="Steps of a run; by default those of the preset.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="A run stops here; by default what the preset has.")] = None,
+    minutes: Annotated[float, typer.Option(help="The whole call ends here; what is cut then is made again.")] = 1e4,
+    jobs: Annotated[int, typer.Option(help="Runs side by side, each a process.")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads of a run.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    triton: Annotated[bool, typer.Option(help="Matrix memories in their Triton form.")] = False,
 ) -> None:
-    """Train what is missing in the output file, then print and plot all of it."""
-    if preset not in PRESETS:
-        raise typer.BadParameter(f"Unknown preset {preset!r}, use one of {', '.join(PRESETS)}.")
-    for name in (*tasks.split(","), *(models or [])):
-        if name not in TASKS and name not in MODELS:
-            raise typer.BadParameter(f"Unknown name {name!r}; tasks: {', '.join(TASKS)}; models: {', '.join(MODELS)}.")
-    torch.set_num_threads(threads)
-    sizes, console = PRESETS[preset], Console()
-    known = ("task", "model", "lr", "seed")
-    finished = {tuple(row[name] for name in known) for row in read_rows(output)}
-    wanted = list(runs(tasks.split(","), models or [], [float(lr) for lr in lrs.split(",")], seeds))
-    missing = [run for run in wanted if tuple(run[name] for name in known) not in finished]
+    """Make the runs that are missing in the output file, then print and plot all of it."""
+    until = time.time() + 60 * minutes
+    chosen = tasks.split(",")
+    check(preset, chosen, models or [])
+    console = Console()
+    if not console.is_terminal:
+        console.width = LOG_WIDTH
+    sizes = replace(PRESETS[preset], steps=steps or PRESETS[preset].steps)
+    wanted = plan(preset, chosen, models or [], [float(lr) for lr in lrs.split(",")], seeds)
+    wanted = [run | {"of_steps": sizes.steps} for run in wanted]
+    complete = {tuple(row[name] for name in KEYS) for row in read_rows(output) if is_complete(row)}
+    missing = [run for run in wanted if tuple(run[name] for name in KEYS) not in complete]
+    console.print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there, {jobs} at a time.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(console=console) as progress:
-        for run in progress.track(missing, description=f"{len(finished)} rows are there"):
-            row = train(run, sizes, steps, seconds, device)
-            with output.open("a", encoding="utf-8") as stream:
+    setting = Setting(device, seconds or SECONDS[preset], until, device == "cuda", triton and device == "cuda")
+    with output.open("a", encoding="utf-8") as stream:
+        for row in make(missing, sizes, setting, jobs, threads):
+            console.print(line(row), highlight=False, soft_wrap=True)
+            if "graph_error" not in row:
                 stream.write(json.dumps(row) + "\n")
-            shown = "  ".join(f"{length}: {share:.0%}" for length, share in row["accuracy"].items())
-            console.print(f"{run['task']:8} {run['model']:18} {run['lr']:g} seed {run['seed']}  {shown}")
-    rows = read_rows(output)
-    for task in tasks.split(","):
-        console.print(table([row for row in rows if row["task"] == task]))
-    picture = output.with_suffix(".png")
-    plot(rows, picture)
-    console.print(f"{output} has the rows, {picture} the picture.")
+                stream.flush()
+    report(read_rows(output), output.with_suffix(".png"), console)
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     typer.run(main)

@@ -14,6 +14,7 @@ from hf_memory.registration import register_architectures
 
 if TYPE_CHECKING:
     from hf_memory.cache import MemoryCache
+    from hf_memory.compression.cache import PolarQuantCache, SubGenCache
     from hf_memory.models.lattice.configuration_lattice import LatticeConfig
     from hf_memory.models.lattice.modeling_lattice import (
         LatticeCache,
@@ -45,6 +46,8 @@ __all__ = [
     "LatticeForSequenceClassification",
     "LatticeModel",
     "MemoryCache",
+    "PolarQuantCache",
+    "SubGenCache",
     "TitansCache",
     "TitansConfig",
     "TitansForCausalLM",
@@ -62,6 +65,7 @@ __all__ = [
 def _public_names() -> dict[str, str]:
     """Public name -> module that defines it."""
     modules = {"MemoryCache": "hf_memory.cache"}
+    modules |= dict.fromkeys(("PolarQuantCache", "SubGenCache"), "hf_memory.compression.cache")
     for architecture in ARCHITECTURES.values():
         modules[architecture.config] = architecture.configuration_module
         modules.update(dict.fromkeys(architecture.modeling_names, architecture.modeling_module))

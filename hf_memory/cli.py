@@ -18,8 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_memory._cli import convert as conversion
+from hf_memory._cli import generate as generation
 from hf_memory._cli import hub, inspection
 from hf_memory._cli import memory as memories
+from hf_memory._cli import recipes as recipe_list
 from hf_memory._cli.state_size import readable_size
 
 
@@ -73,48 +75,7 @@ def _one_sentence(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-@app.command()
-@_one_sentence
-def generate(
-    model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(help='The text to continue; "-" reads it from standard input.')],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add at most.")] = 128,
-    do_sample: Annotated[
-        bool, typer.Option("--do-sample", help="Sample instead of taking the likeliest token.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Of sampling.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of sampling: mass of the tokens kept.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    memory: Annotated[
-        str | None, typer.Option("--memory", "-m", help="Memory file or its Hub id; the prompt comes behind it.")
-    ] = None,
-    device: DeviceOption = "auto",
-    dtype: DtypeOption = "auto",
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Continue a text, printing it as it comes."""
-    from transformers import TextStreamer, set_seed
-
-    from hf_memory._cli.loading import UserError, load_model, load_tokenizer
-
-    text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = load_model(model, device, dtype, trust_remote_code)
-    tokenizer = load_tokenizer(model, trust_remote_code)
-    # Behind a memory no text begins.
-    inputs = tokenizer(text, return_tensors="pt", return_token_type_ids=False, add_special_tokens=memory is None).to(
-        loaded.device
-    )
-    if not inputs["input_ids"].shape[1]:
-        raise UserError("The prompt is empty, and the tokenizer adds no token of its own to start from.")
-    set_seed(seed)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}
-    if loaded.generation_config.pad_token_id is None and tokenizer.pad_token_id is None:
-        # Only to keep transformers from announcing that it does the same.
-        sampling["pad_token_id"] = tokenizer.eos_token_id
-    if memory is not None:
-        sampling["past_key_values"] = memories.load_memory(memory, loaded)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    loaded.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=do_sample, streamer=streamer, **sampling)
+app.command("generate")(_one_sentence(generation.command()))
 
 
 @app.command()
@@ -235,7 +196,8 @@ def check(
     raise typer.Exit(1 if report.failed else 0)
 
 
-app.command("convert")(_one_sentence(conversion.command()))
+app.command("convert", epilog=conversion.EPILOG)(_one_sentence(conversion.command()))
+app.command("recipes")(_one_sentence(recipe_list.recipes))
 app.command("card")(_one_sentence(hub.card))
 app.command("push")(_one_sentence(hub.push))
 app.command("read")(_one_sentence(memories.read))

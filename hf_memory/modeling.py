@@ -231,7 +231,11 @@ class MemoryDecoderMixin:
 
 def has_read(past_key_values: Cache) -> bool:
     """Whether a cache holds anything."""
-    return any(layer.is_initialized and getattr(layer, "has_states", True) for layer in past_key_values.layers)
+    # A teacher's own linear-attention layers know nothing of the kind; memory layers beside them do.
+    return any(
+        getattr(layer, "is_initialized", False) and getattr(layer, "has_states", True)
+        for layer in past_key_values.layers
+    )
 
 
 def find_padding(

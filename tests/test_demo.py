@@ -87,6 +87,9 @@ def test_report_has_all_models_and_stages(arguments: dict):
         ("cross entropy", "teacher, continued", 512),
     }
     assert len(report["continuation"]["text"]) > 0
+    assert [stage["stage"] for stage in report["stages"]] == ["init", "align", "distill"]
+    # Blocks of 64 bytes have room for one length.
+    assert [model["recall"]["lengths"] for model in report["models"].values()] == [[64]] * 4
     text = (output / "report.md").read_text()
     assert "still grows with every token" in text and "xz -9e on all of it at once" in text
     assert "bits than its teacher" in text and "with its memory off" in text

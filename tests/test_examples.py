@@ -103,6 +103,20 @@ def test_memory_files_are_kept_and_forked(example, tmp_path: Path, capsys):
     assert document["file"]["file_bytes"] == (tmp_path / "runs" / "library.memory").stat().st_size
 
 
+def test_compressed_caches_cost_little_on_the_teacher(example, tmp_path: Path):
+    compressed = example("compressed_caches")
+    compressed.main(blocks=2, length=256, piece=32, output=tmp_path / "rows.json")
+    rows = {row["cache"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    full, polar = rows["full cache"], rows["PolarQuant, no window"]
+    # Four bits a coordinate beside sixteen, of a model in bfloat16; 4 layers, 2 heads of width 64.
+    assert full["bytes"] == 4 * polar["bytes"] == 4 * 2 * 2 * 64 * 2 * 256
+    assert full["bits"] < polar["bits"] < 1.03 * full["bits"]
+    assert all(full["bits"] * 0.98 < row["bits"] < 8 for row in rows.values())
+    half = rows["SubGen, 128 tokens, window 64"]
+    assert half["bytes"] < 0.52 * full["bytes"] and half["bits"] < 1.05 * full["bits"]
+    assert half["bits_first_half"] == pytest.approx(full["bits_first_half"], rel=1e-3)
+
+
 def test_training_comparison_compares_equals(example, tmp_path: Path, capsys):
     comparison = example("train_comparison")
     comparison.main(output=tmp_path, **TINY_TRAINING)
@@ -253,18 +267,18 @@ def test_conversion_curve_compares_with_the_best_control(example, tmp_path: Path
 
 def test_conversion_curve_gives_every_point_its_recipe(example, tmp_path: Path):
     curve = example("conversion_curve")
-    from hf_memory.conversion.recipe import read_recipe
+    from hf_memory.conversion.recipe import read_recipe, split_assignment
 
     setting = curve.Setting("teacher", (tmp_path, tmp_path), tmp_path, "cpu", 64, 4, 2048, 8)
     for point in curve.points(["lattice"], [2], [10_000]):
-        words = curve.command(point, setting)[4:-1]
+        words = curve.command(point, setting)[4:-2]
         flags: dict = {}
         for name, value in zip(words[::2], words[1::2]):
             name = name.removeprefix("--").replace("-", "_")
             if name == "set":
                 flags.setdefault("set", []).append(value)
             elif name == "memory_option":
-                flags.setdefault("memory_options", {}).update([value.split("=")])
+                flags.setdefault("memory_options", {}).update([split_assignment(value, "memory-option")])
             else:
                 flags[name] = value
         recipe = read_recipe(flags=flags)
@@ -277,3 +291,72 @@ def test_a_larger_teacher_and_its_conversion_in_one_call(example, tmp_path: Path
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text(encoding="utf-8").splitlines()]
     assert "teacher: " in capsys.readouterr().out
     assert all(row["teacher"] == "model" for row in rows)
+
+
+@pytest.fixture
+def small_recall(example, monkeypatch):
+    """`recall.py` with a preset of models that train in no time; Lattice cannot have a quarter of two slots."""
+    recall = example("recall")
+    small = {"hidden": 16, "layers": 1, "widths": (8, 2), "pairs": 2, "symbols": 8, "context": 96, "lengths": (32, 64)}
+    monkeypatch.setitem(recall.PRESETS, "small", recall.Sizes(**small, batch=192, steps=3, held_out=512))
+    monkeypatch.setitem(recall.SECONDS, "small", 60.0)
+    return recall
+
+
+def test_recall_makes_every_run_once_and_keeps_failures(small_recall, tmp_path: Path, capsys, monkeypatch):
+    output = tmp_path / "rows.jsonl"
+    options = {"preset": "small", "models": ["Lattice, m = d/4", "sliding window"], "lrs": "1e-2", "seeds": 1}
+    small_recall.main(output, **options)
+    printed = " ".join(capsys.readouterr().out.split())
+    rows = {(row["task"], row["width"]): row for row in map(json.loads, output.read_text().splitlines())}
+    assert list(rows) == [("recall", 8), ("recall", 2), ("passkey", 8)]  # the most wanted first
+    failed = rows.pop(("recall", 2))
+    assert "num_slots" in failed["error"] and "failed: recall, Lattice, m = d/4, width 2" in printed
+    for row in rows.values():
+        assert row["cut"] is None and row["steps"] == 3 and [step for step, _, _ in row["curve"]] == [3]
+        assert row["state_bytes"] > 0
+    assert set(rows["passkey", 8]["accuracy"]) == {"32", "64"} and set(rows["recall", 8]["accuracy"]) == {"8"}
+    assert output.with_suffix(".png").stat().st_size > 1000
+    again = []
+    monkeypatch.setattr(small_recall, "make", lambda runs, *rest: again.extend(runs) or [])
+    small_recall.main(output, **options)
+    assert [(run["task"], run["width"]) for run in again] == [("recall", 2)]  # only what failed is tried again
+
+
+def test_recall_has_a_row_for_what_the_end_of_the_call_cut(small_recall, example):
+    run = small_recall.plan("small", ["recall"], ["gated delta rule"], [1e-2], 1)[0] | {"of_steps": 3}
+    setting = example("recall_run").Setting("cpu", 60.0, until=0.0, graph=False, triton=False)
+    row = example("recall_run").train(run, small_recall.PRESETS["small"], setting)
+    assert row["steps"] == 1 and not small_recall.is_complete(row)
+    report = example("recall_report")
+    assert not report.best([row]) and "at step 1 of 3" in report.failures([row])[0]
+
+
+def test_recall_reports_the_best_rate_that_has_all_seeds(example):
+    shared = {"model": "a", "width": 8, "cut": None, "state_bytes": 1}
+
+    def row(lr: float, seed: int, share: float) -> dict:
+        return shared | {"lr": lr, "seed": seed, "accuracy": {"8": share}}
+
+    rows = [row(1e-2, 0, 0.4), row(1e-2, 1, 0.6), row(3e-3, 0, 0.3), row(3e-3, 1, 0.4), row(1e-3, 0, 0.9)]
+    assert example("recall_report").best(rows) == {("a", 8): rows[:2]}
+
+
+def test_recall_asks_what_was_shown(small_recall, example):
+    tasks, sizes = example("recall_tasks"), small_recall.PRESETS["small"]
+    generator = torch.Generator().manual_seed(0)
+    ids, labels = tasks.recall_batch(sizes, 5, generator)
+    for row, asked in zip(ids.tolist(), labels.tolist()):
+        shown = dict(zip(row[:4:2], row[1:4:2]))
+        assert len(shown) == 2 and dict(zip(row[4::2], asked[5::2])) == shown
+        assert set(asked[:5] + asked[6:7]) == {tasks.IGNORED}
+    for times in (2, 4):
+        ids, labels = tasks.passkey_batch(32, 50, generator, times)
+        for row, asked in zip(ids.tolist(), labels.tolist()):
+            first, *others = [place for place, token in enumerate(row) if token == tasks.MARKER]
+            assert len(others) == times - 1 and others[-1] == 27
+            expected = [tasks.IGNORED] * 32
+            for place in others:
+                assert row[place : place + 5] == row[first : first + 5]
+                expected[place + 1 : place + 5] = row[place + 1 : place + 5]
+            assert asked == expected

@@ -24,6 +24,7 @@ RANKS = {
     "hf_memory.cache": 2,
     "hf_memory.cache_layers": 2,
     "hf_memory.cache_states": 2,
+    "hf_memory.compression": 2,
     "hf_memory.memory_identity": 2,
     "hf_memory.memory_file": 2,
     "hf_memory.reading": 3,
@@ -33,6 +34,7 @@ RANKS = {
     "hf_memory.conversion": 6,
     "hf_memory._cli.convert": 7,
     "hf_memory._cli.hub": 7,
+    "hf_memory._cli.recipes": 7,
     "hf_memory.cli": 7,
 }
 

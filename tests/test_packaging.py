@@ -210,7 +210,7 @@ def test_wheel_holds_the_source_folders_and_nothing_beside_the_package(distribut
     assert {name.split("/")[0].split("-")[0] for name in names} == {"hf_memory"}
     for folder in (*SOURCE_FOLDERS, "model_cards"):
         for path in (ROOT / folder).rglob("*.*"):
-            if path.suffix in (".py", ".md"):
+            if path.suffix in (".py", ".md", ".yaml"):
                 assert f"hf_memory/{path.relative_to(ROOT).as_posix()}" in names
     assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
     assert "hf_memory/py.typed" in names

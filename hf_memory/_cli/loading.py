@@ -29,14 +29,20 @@ def load_config(source: str, trust_remote_code: bool = False, revision: str | No
 
 
 def load_model(
-    source: str, device: str, dtype: str, trust_remote_code: bool = False, revision: str | None = None
+    source: str,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    **placement: Any,
 ) -> PreTrainedModel:
-    """The causal LM of a folder or a Hub id."""
+    """The causal LM of a folder or a Hub id; with arguments of `from_pretrained` that place it, wherever these say."""
     from transformers import AutoModelForCausalLM
 
     torch_device = resolve_device(device)
-    settings = {"dtype": resolve_dtype(dtype)} | _origin(trust_remote_code, revision)
-    return _load(source, "model", AutoModelForCausalLM.from_pretrained, **settings).to(torch_device).eval()
+    settings = {"dtype": resolve_dtype(dtype)} | _origin(trust_remote_code, revision) | placement
+    model = _load(source, "model", AutoModelForCausalLM.from_pretrained, **settings).eval()
+    return model if placement else model.to(torch_device)
 
 
 def load_tokenizer(

@@ -30,9 +30,17 @@ def asked(self: object, step: int) -> str:
     return original_step(self, step)
 
 
+def nan(self: object, step: int) -> str:
+    if step == 3:
+        self.stage.student.model.layers[1].mlp.register_forward_hook(
+            lambda module, args, output: output * float("nan")
+        )
+    return original_step(self, step)
+
+
 # What goes wrong in process 1, alone.
-FAULTS = {"unreadable": (run, "load_corpus", unreadable), "lost": (training._Loop, "step", lost)}
-FAULTS["asked"] = (training._Loop, "step", asked)
+FAULTS = {"unreadable": (run, "load_corpus", unreadable)}
+FAULTS |= {step.__name__: (training._Loop, "step", step) for step in (lost, asked, nan)}
 original_step = training._Loop.step
 
 

@@ -159,6 +159,25 @@ def test_a_head_that_is_the_embedding_too_gets_no_adapter():
         make_stage(DistillStage(lora_rank=2, trainable="all", lora_targets=["lm_head"]), tied, student)
 
 
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("align.target=matrix", "needs a memory that is linear in the values"),
+        ("distill.lora_targets=[up_proj]", "up_proj are no linear layers among what `trainable` memory names here"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, setting, sentence):
+    def load(*args):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("hf_memory.conversion.run._Conversion._load_teacher", load)
+    source, text = save_teacher(tmp_path / "source"), save_text(tmp_path / "text.txt")
+    flags = {"memory_options": {"memory_depth": 2}, "set": [setting, "distill.lora_rank=2"]}
+    with pytest.raises(ConversionError, match=sentence):
+        convert(tiny_recipe(source, text, tmp_path / "out", **flags))
+    assert not (tmp_path / "out.converting").exists()
+
+
 def test_nothing_converted_nothing_adapted(teacher):
     student = build_student(teacher, layers=[])
     stage = make_stage(AlignStage(lora_rank=2), teacher, student)

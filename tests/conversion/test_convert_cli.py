@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from tiny_conversion import CONTEXT, save_teacher, save_text
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 from typer.testing import CliRunner
 
 from hf_memory.cli import app
@@ -91,8 +91,11 @@ WRONG = {
     "no data": ({"data": None}, "`data` is missing: name a text file, a folder or a dataset"),
     "empty data": ({"data": os.devnull}, "holds no text, but a block to train on and one to hold out"),
     "no such file": ({"data": "nowhere.txt"}, "There is no file or folder 'nowhere.txt' to read data from."),
-    "unknown memory": ({"memory": "sponge"}, "There is no memory 'sponge': choose one of titans"),
-    "unknown option": ({"memory-option": "colour=red"}, "A titans memory has no option 'colour'."),
+    "unknown memory": ({"memory": "sponge"}, "`memory` must be one of titans, lattice, trellis, got 'sponge'."),
+    "unknown option": (
+        {"memory-option": "colour=red"},
+        "Unknown key `memory_options.colour`; the keys there are: variant, memory_depth, ",
+    ),
     "impossible option": ({"memory-option": "chunk_size=0"}, "`chunk_size` must be at least 1, got 0."),
     "heads": ({"memory-option": "num_attention_heads=3"}, "its `num_attention_heads` is 4 as in the teacher, not 3"),
     "option without value": ({"memory-option": "chunk_size"}, "`memory-option` takes NAME=VALUE, got 'chunk_size'."),
@@ -116,11 +119,12 @@ def test_a_wrong_input_is_one_sentence_and_leaves_nothing(teacher, text, tmp_pat
 
 
 def test_an_unsupported_family_is_refused_before_anything_is_loaded(text, tmp_path):
-    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 64}
-    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
-    (tmp_path / "gpt2" / "model.safetensors").unlink()
-    result = run(*flags(needed(tmp_path / "gpt2", text, tmp_path / "out")))
-    assert result.exit_code == 2 and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    sizes = {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 64}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained(tmp_path / "bloom")
+    (tmp_path / "bloom" / "model.safetensors").unlink()
+    result = run(*flags(needed(tmp_path / "bloom", text, tmp_path / "out")))
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: BloomForCausalLM cannot be converted: its attention does not go through")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.converting").exists()
 
 
@@ -143,6 +147,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(teacher, text, tmp_pat
 
 
 def test_processes_but_one_are_silent(teacher, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     result = run(*flags(needed(teacher, text, tmp_path / "out") | {"context": 999}))
     assert result.exit_code == 2 and result.output == ""

@@ -47,6 +47,17 @@ def test_values_of_the_teacher(teacher, student, blocks):
     assert teacher.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.parametrize("family", ["gpt_neox", "phi3", "gemma3_text"])
+def test_other_names_and_layouts(family):
+    torch.manual_seed(0)
+    other = random_model(tiny_config(family)).requires_grad_(False)
+    student = build_student(other, layers=[0, 1], memory_options=LINEAR)
+    for target in TARGETS:
+        for stream in ("teacher", "student"):
+            loss, figures = Align(AlignStage(target=target, stream=stream), other, student)(torch.randint(60, (2, 9)))
+            assert set(figures) == {"layer 0", "layer 1"} and 0.01 < loss.item() < 1e5
+
+
 def test_matrix_of_a_memory_is_what_it_does_to_values(student):
     """Against the memory itself, from a start of zeros, with values that nothing but the matrix has seen."""
     memory = memory_slots(student)[0].memory.double()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from tiny_conversion import CONTEXT, save_teacher, save_text, tiny_recipe, weights
 
 from hf_memory.conversion.processes import plain
@@ -65,11 +67,14 @@ class Workplace:
 def place(tmp_path_factory) -> Workplace:
     """One process, two, and two in which the second goes wrong; all in one process that imports the libraries once."""
     place = Workplace(tmp_path_factory.mktemp("processes"))
-    for name in ("one", "two", "unreadable", "lost", "asked"):
+    for name in ("one", "two", "unreadable", "lost", "asked", "nan"):
         place.recipe(name)
     place.recipe("odd", batch_size=3)
-    named = [f"2:{place.folder / name}.yaml:{name}" for name in ("unreadable", "lost", "asked")]
-    plain_runs = [f"{count}:{place.folder / name}.yaml" for count, name in ((1, "one"), (2, "two"), (2, "odd"))]
+    for name in ("one_auto", "two_auto"):
+        place.recipe(name, layers="auto:1", auto_blocks=3, auto_tokens=2 * BATCH * CONTEXT)
+    named = [f"2:{place.folder / name}.yaml:{name}" for name in ("unreadable", "lost", "asked", "nan")]
+    runs = ((1, "one"), (2, "two"), (2, "odd"), (1, "one_auto"), (2, "two_auto"))
+    plain_runs = [f"{count}:{place.folder / name}.yaml" for count, name in runs]
     place.run(*plain_runs, *named, f"2:{place.folder / 'asked'}.yaml")
     return place
 
@@ -98,6 +103,34 @@ def test_two_processes_leave_what_one_leaves(place):
     assert qualities[0] == pytest.approx(qualities[1], rel=1e-4)
 
 
+# One of each kind, on text of the teacher's own; 4 steps of each.
+KINDS = """
+data: teacher
+stages:
+- init
+- {name: align, target: matrix, tokens: 256}
+- {name: align, target: heads, trainable: new, tokens: 256}
+- {name: align, target: mixer, stream: student, lora_rank: 2, tokens: 256}
+- {name: distill, layer_weight: 0.5, trainable: all, accumulate: 2, tokens: 256}
+- {name: on_policy, prompt_tokens: 4, new_tokens: 8, tokens: 192}
+- {name: distill, lora_rank: 2, lora_merge: false, tokens: 256}
+"""
+
+
+@pytest.mark.slow
+def test_every_kind_of_stage_ends_alike(tmp_path):
+    place = Workplace(tmp_path)
+    for name in ("one", "two"):
+        file = place.recipe(name, stages="init", set=[], tokens=None)
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) | yaml.safe_load(KINDS)
+        file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    place.run(f"1:{tmp_path / 'one'}.yaml", f"2:{tmp_path / 'two'}.yaml")
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
+        assert set(one) == set(two)
+        assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-4
+
+
 def test_what_is_said_is_said_once(place):
     assert place.errors.count(f"unfinished work lies in {place.folder / 'two'}.converting") == 1
 
@@ -119,6 +152,12 @@ def test_a_process_that_dies_ends_the_others(place):
     assert "0: Another process of this conversion has ended; it said why (last good checkpoint: align-000003)." in (
         place.said
     )
+
+
+def test_what_is_not_finite_in_one_process_is_traced_there(place):
+    assert place.codes(f"2:{place.folder / 'nan'}.yaml:nan") == "[2, 2]"
+    sentence = "The loss of stage align is nan in step 4 of 6; it began in the output of layer 1 (model.layers.1.mlp)"
+    assert f"0: {sentence}" in place.said and f"1: {sentence}" in place.said
 
 
 def test_one_that_is_asked_to_stop_stops_all_and_they_go_on_together(place):
@@ -150,6 +189,19 @@ def test_settings_by_one_name_each():
         "stages.0.name": "align",
         "stages.0.lr": 0.1,
     }
+
+
+def test_processes_choose_the_layers_together(place):
+    """Each measures on its share of the blocks, and all convert what one process would have converted."""
+    one, two = (
+        json.loads((place.folder / name / "sensitivity.json").read_text()) for name in ("one_auto", "two_auto")
+    )
+    assert one["layers"] == two["layers"] and len(one["layers"]) == 1
+    costs = [list(result["steps"][0]["costs"].values()) for result in (one, two)]
+    assert costs[0] == pytest.approx(costs[1], rel=1e-3) and min(costs[0]) > 0
+    one, two = weights(place.folder / "one_auto"), weights(place.folder / "two_auto")
+    assert set(one) == set(two)
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-4
 
 
 @pytest.mark.slow

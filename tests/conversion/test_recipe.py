@@ -93,11 +93,17 @@ def test_a_layer_beyond_the_teacher_is_refused():
         ("seed: -1", "`seed` must be a whole number from 0 to 2**32 - 1, got -1."),
         ("mode: swap", "`mode` must be one of replace, retrofit, got 'swap'."),
         ("layers: [1, 1]", "`layers` names a layer twice: [1, 1]."),
-        ("layers: [one]", "`layers` must be a list of layer numbers, all, odd, even, lower or none, got ['one']."),
+        ("layers: [one]", "`layers` must be layer numbers such as 1,3,5, or one of all, odd, even, lower, none, "),
+        ("layers: some", "every:K, ratio:R, auto:K, auto, got 'some'."),
+        ("layers: every:1", "`layers` every:... takes a whole number of at least 2, got 'every:1'."),
+        ("layers: ratio:2", "`layers` ratio:... takes a number from 0 to 1, got 'ratio:2'."),
+        ("layers: auto", "`layers` auto:K says how many layers, auto lets `cache_budget` say it: give one of the two"),
+        ("{layers: auto:2, cache_budget: 1MiB@64}", "give one of the two, got 'auto:2' and cache_budget '1MiB@64'."),
         (
-            "layers: some",
-            "`layers` must be layer numbers such as 1,3,5, or one of all, odd, even, lower, none, got 'some'.",
+            "cache_budget: 64MB@9",
+            "`cache_budget` must be a size in KiB, MiB or GiB and a length in tokens, such as 64",
         ),
+        ("chosen_layers: [1]", "`chosen_layers` belongs to `layers: auto`, not to 'odd'."),
         ("held_out: 1.5", "`held_out` must be a share between 0 and 1, or a file or folder, got 1.5."),
         ("window: 8", "`window` (8) belongs to mode retrofit"),
         ("dtype: int8", "`dtype` must be one of auto, float32, bfloat16, got 'int8'."),
@@ -166,7 +172,12 @@ def test_a_wrong_value_is_one_sentence_that_names_it(tmp_path, text, sentence):
         ),
         ({"set": ["align.lr"]}, "`set` takes NAME=VALUE, got 'align.lr'."),
         ({"stages": "init,align", "set": ["distill.lr=1"]}, "a stage of this run (init, align), got 'distill.lr=1'."),
-        ({"stages": "init,aling"}, "`stages` must be made of init, align, distill, on_policy, got 'aling'."),
+        ({"stages": "init,aling"}, "got 'aling', did you mean `align`?"),
+        ({"scale": "-1"}, "`scale` must be a number above 0, got '-1'."),
+        (
+            {"cache_budget": "1MiB@8", "data": None, "stages": "init"},
+            "`data` is missing: `layers` auto measures on text",
+        ),
     ],
 )
 def test_a_wrong_flag_is_one_sentence(flags, sentence):
@@ -199,3 +210,111 @@ def test_blocks_are_as_long_as_the_stage_needs():
     }
     assert [recipe.context_of(stage) for stage in lengths.values()] == list(lengths)
     assert read_recipe(flags=NEEDED | {"context": 64}).context_of(AlignStage(target="matrix")) == 64
+
+
+LINES = """\
+# A comment
+teacher: t
+memory: titans
+memory_options:
+  chunk_size: 16
+  memory_depth: {depth}
+stages:
+- init
+- name: align
+  lr: {lr}
+  tokens: 64
+- {{name: distill, kl_weight: {kl}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"lr": "fast"}, "recipe.yaml, line 10: `align.lr` must be a number above 0, got 'fast'."),
+        ({"kl": "0"}, "recipe.yaml, line 12: `kl_weight` and `ce_weight` are both 0"),
+        ({"kl": "-1"}, "recipe.yaml, line 12: `distill.kl_weight` must be a number of at least 0, got -1."),
+        ({"depth": "deep"}, "recipe.yaml, line 6: `memory_options.memory_depth` of titans does not take 'deep': "),
+        (
+            {"depth": "1\n  chunk_sise: 4"},
+            "line 7: Unknown key `memory_options.chunk_sise`, did you mean `chunk_size`? The",
+        ),
+        (
+            {"lr": "1\n  token: 4"},
+            "line 11: Unknown key `align.token`, did you mean `tokens`? The keys there are: tokens, ",
+        ),
+        (
+            {"kl": "1}\n- polish #"},
+            "recipe.yaml, line 13: `stages` must be made of init, align, distill, on_policy, got 'polish'",
+        ),
+        (
+            {"lr": "1\n- name: allign"},
+            "recipe.yaml, line 11: `stages` must be made of init, align, distill, on_policy, ",
+        ),
+        ({"lr": "1\n  lr: 2"}, "recipe.yaml, line 11: `lr` is given on line 10 already."),
+        ({"kl": "1}\nteacher: again #"}, "recipe.yaml, line 13: `teacher` is given on line 2 already."),
+        ({"kl": "1}\nwindow: 8 #"}, "recipe.yaml, line 13: `window` (8) belongs to mode retrofit"),
+        ({"kl": "1}\nlayers: [1, 1] #"}, "recipe.yaml, line 13: `layers` names a layer twice: [1, 1]."),
+        (
+            {"kl": "1}\nlayers: odds #"},
+            "recipe.yaml, line 13: `layers` must be layer numbers such as 1,3,5, or one of all",
+        ),
+        (
+            {"kl": "1}\nlayrs: odd #"},
+            "recipe.yaml, line 13: Unknown key `layrs`, did you mean `layers`? The keys there",
+        ),
+        ({"kl": "1}\n[1]: odd #"}, "recipe.yaml, line 13: a key must be a word."),
+        ({"kl": "1}\nseed: 2024-99-99 #"}, "is no YAML: month must be in 1..12."),
+        ({"kl": "]"}, "recipe.yaml, line 12: this is no YAML: "),
+        ({"kl": "!!python/name:os 1"}, "recipe.yaml, line 12: this is no YAML: could not determine a constructor"),
+    ],
+)
+def test_sentences_name_the_line(tmp_path, monkeypatch, changes, sentence):
+    monkeypatch.chdir(tmp_path)
+    text = LINES.format(**{"depth": 1, "lr": "1e-3", "kl": 1} | changes)
+    Path("recipe.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConversionError) as caught:
+        read_recipe("recipe.yaml", {"output": "o", "data": "d"})
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_flag_that_is_wrong_names_no_line(tmp_path):
+    text = LINES.format(depth=1, lr=1, kl=1)
+    for flags in ({"lr": "fast"}, {"set": ["align.lr=fast"]}):
+        with pytest.raises(ConversionError) as caught:
+            from_yaml(tmp_path, text, **flags)
+        assert str(caught.value) == "`align.lr` must be a number above 0, got 'fast'."
+    with pytest.raises(ConversionError, match="^`memory_options.memory_depth` of titans does not take 'deep'"):
+        from_yaml(tmp_path, text, memory_options={"memory_depth": "deep"})
+
+
+def test_what_yaml_shares_is_not_given_twice(tmp_path):
+    text = "shared: &shared {tokens: 7, lr: 1}\nstages: [init, {<<: *shared, name: align, lr: 2}]"
+    with pytest.raises(ConversionError, match="line 1: Unknown key `shared`"):
+        from_yaml(tmp_path, text)
+    text = "stages: [init, &first {name: align, tokens: 7, lr: 1}, {<<: *first, lr: 2}]"
+    assert from_yaml(tmp_path, text).stages == [InitStage(), AlignStage(tokens=7, lr=1), AlignStage(tokens=7, lr=2)]
+
+
+def test_budgets_are_scaled_and_flags_win(tmp_path):
+    text = "auto_tokens: 50\nstages: [init, {name: align, tokens: 1e4}, {name: align, tokens: 33}, distill]\n"
+    recipe = from_yaml(tmp_path, text, scale="0.1")
+    budgets = [stage.tokens for stage in recipe.training_stages.values()]
+    assert budgets == [1000, 3, DistillStage().tokens // 10] and recipe.auto_tokens == 5
+    recipe = from_yaml(tmp_path, text, scale="0.1", set=["align2.tokens=77"])
+    assert [stage.tokens for stage in recipe.training_stages.values()][:2] == [1000, 77]
+    recipe = from_yaml(tmp_path, text, scale="1e-9", tokens="9")
+    assert {stage.tokens for stage in recipe.training_stages.values()} == {9} and recipe.auto_tokens == 1
+
+
+def test_sizes_of_blocks_as_flags_hold_for_all_stages(tmp_path):
+    text = "context: 64\nstages: [init, {name: align, context: 32, batch_size: 4}, distill]\n"
+    recipe = from_yaml(tmp_path, text, context="16", batch_size="2")
+    sizes = {(recipe.context_of(stage), recipe.batch_size_of(stage)) for stage in recipe.training_stages.values()}
+    assert sizes == {(16, 2)}
+
+
+def test_a_cache_budget_alone_lets_auto_choose(tmp_path):
+    assert read_recipe(flags=NEEDED | {"cache_budget": "1MiB@64"}).layers == "auto"
+    assert from_yaml(tmp_path, "cache_budget: 1MiB@64\nlayers: [1]").layers == [1]

@@ -197,6 +197,25 @@ def test_trackers_hear_what_the_log_hears(teacher, text, tmp_path, monkeypatch):
     assert (folder / "runs" / "out" / "diary.json").read_text(encoding="utf-8") == "7"
 
 
+def test_a_second_run_of_a_tracker_is_its_own(tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Diary)
+    monkeypatch.setattr(tracking, "_available_trackers", [tracking.LoggerType.TENSORBOARD])
+    monkeypatch.setattr(Diary, "told", [])
+    accelerator = processes.make_accelerator(torch.device("cpu"), torch.float32, ["tensorboard"], tmp_path)
+    for name in ("first", "second"):
+        with processes.tracked(accelerator, name, {"name": name}):
+            accelerator.log({"loss": 1.0}, step=1)
+    assert Diary.told == [
+        {"settings": {"name": "first"}},
+        {"loss": 1.0, "at": 1},
+        {"settings": {"name": "second"}},
+        {"loss": 1.0, "at": 1},
+    ]
+    assert (tmp_path / "first" / "diary.json").read_text(encoding="utf-8") == "2"
+
+
 def test_a_model_that_got_its_name_before_a_kill_is_finished(teacher, text, tmp_path, capfd):
     recipe = tiny_recipe(teacher, text, tmp_path / "out", **(SHORT | {"stages": "init"}))
     folder = convert(recipe)

@@ -13,6 +13,7 @@ from hf_memory.kernels.anchored_mlp.plan import Memory, scratch_bytes
 from hf_memory.kernels.anchored_mlp.triton_op import _Walk, mlp_scan
 from hf_memory.kernels.coefficients_triton import tile_coefficients
 from hf_memory.kernels.state import make_state
+from hf_memory.kernels.triton_form import triton_form, unsupported
 from hf_memory.kernels.types import AnchoredOptions, Gates, Norm, check_inputs
 
 
@@ -198,3 +199,19 @@ def test_one_graph_and_no_recompilation_per_length():
             torch._dynamo.mark_dynamic(x, 1)
         torch.testing.assert_close(compiled(*operands), run(*operands))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_chunks_that_failed_on_hardware_take_another_way(dtype: torch.dtype):
+    """Two layers in half precision go through float32, a LayerNorm in float32 is left to the chunk form."""
+    deep, norm = (
+        Case(shape=(1, 20, 1, 16), expansion=1, dtype=dtype, options={"chunk_size": 32}, **fields)
+        for fields in ({"depth": 2}, NORMED)
+    )
+    made = [
+        check_inputs(c.q, c.k, c.v, c.gates, c.weights, c.affine, None, AnchoredOptions(**c.options))
+        for c in (deep, norm)
+    ]
+    assert unsupported(made[0]) is None
+    assert triton_form(made[0], None, False)[0].dtype == torch.float32
+    assert (unsupported(made[1]) is None) == (dtype == torch.float16)

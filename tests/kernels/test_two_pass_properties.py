@@ -329,6 +329,30 @@ def test_conditioning_at_realistic_width(write_map, chunk_size):
     assert relative(other[:, 1:50], exact[:, 1:50]) > 1e-3 and relative(other[:, -50:], exact[:, -50:]) < 1e-10
 
 
+@pytest.mark.parametrize("write_map, write_eps", [("ln_silu", 1e-3), ("ln_silu", 1.0), ("identity", 1.0)])
+def test_a_small_epsilon_lets_the_first_chunk_drown_the_others(write_map, write_eps):
+    """Two chunks of pairs are written, then each value is asked for: how close is what is found, per chunk?
+
+    At zero memories the Jacobian of a normalising map is 0.5 / √ε, 16 at 1e-3. What the first chunk writes is then so
+    long that the map's division leaves later chunks next to nothing. A large ε, or no division, keeps the newest best.
+    """
+    case = SlotCase(shape=(16, 32, 1, 32), slots=32, start=False, dtype=torch.float32)
+    case.options = {"write_map": write_map, "write_eps": write_eps, "chunk_size": 1 if write_map == "identity" else 16}
+    case.operands["step"] = torch.full((16, 32, 1, 1), 0.1)
+    case.operands["log_decay"] = torch.full((16, 32, 1, 1), 0.98).log()
+    written = case.tokens()
+    asking = {name: torch.zeros_like(x) for name, x in written.items()} | {"q": written["k"]}
+    found, state = case(
+        tokens={name: torch.cat([x, asking[name]], 1) for name, x in written.items()}, output_final_state=True
+    )
+    first, second = functional.cosine_similarity(found[:, 32:], written["v"], dim=-1).mean((0, 2)).view(2, 16).mean(1)
+    length = state["memory"].norm(dim=(-2, -1)).mean()
+    if write_eps < 1:
+        assert first > 0.5 and second < 0.1 and length > 15
+    else:
+        assert second > first > 0.3 and second > 0.5 and length < 3
+
+
 def test_gradients_at_realistic_width_in_float32():
     case = SlotCase(shape=(1, 512, 1, 64), slots=64, start=False)
     case.operands["log_decay"] = functional.logsigmoid(3.9 + torch.randn(1, 512, 1, 1, dtype=torch.float64))

@@ -8,7 +8,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-READMES = sorted(ROOT.glob("hf_memory/models/*/README.md"))
+READMES = [*sorted(ROOT.glob("hf_memory/models/*/README.md")), ROOT / "hf_memory/compression/README.md"]
 
 
 def resolve(dotted: str) -> object:

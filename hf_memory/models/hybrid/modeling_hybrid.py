@@ -39,6 +39,8 @@ from .configuration_hybrid import MemoryHybridConfig
 # Entries of masks made in advance. A teacher with one mask for all layers has it under a name of ours, one with
 # several has them under its layer types.
 PADDING, WINDOW, TEACHER = "memory_padding", "memory_window", "teacher"
+# Layers of transformers that take keyword arguments and do not pass them on to their attention.
+KEEPS_KEYWORDS = ("NemotronDecoderLayer", "StableLmDecoderLayer")
 
 
 class MemoryInputs(NamedTuple):
@@ -78,6 +80,7 @@ class MemorySlotMixin:
         memory_config = config.make_memory_config()
         super().__init__(memory_config)
         self.memory = mixer_class(memory_config)(memory_config, layer_idx)
+        self.known = MemoryInputs()
         self.scale = None
         # CODEPATH: "retrofit" adds the memory to an attention that is still there, and starts by adding nothing.
         if config.memory_mode == "retrofit":
@@ -100,7 +103,7 @@ class MemorySlotMixin:
         **kwargs,
     ) -> tuple[Tensor, None]:
         """Mix `[B, T, D]`; there are no attention weights to return."""
-        known = memory_inputs or MemoryInputs()
+        known = memory_inputs or self.known
         cache = layer_past if past_key_values is None else past_key_values
         output = self.memory(
             hidden_states, padding_mask=known.padding_mask, cu_seqlens=known.cu_seqlens, past_key_values=cache
@@ -109,17 +112,13 @@ class MemorySlotMixin:
 
 
 class RetrofitAttentionMixin:
-    """The teacher's attention, restricted to a window, with a memory beside it."""
-
-    def __init__(self, config: MemoryHybridConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.retrofit = slot_class(config)(config, layer_idx)
+    """The teacher's attention, restricted to a window, with a memory beside it as `retrofit`."""
 
     def forward(
         self, hidden_states: Tensor, *args, memory_inputs: MemoryInputs | None = None, **kwargs
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over the window and add the gated memory, `[B, T, D]`."""
-        known = memory_inputs or MemoryInputs()
+        known = memory_inputs or self.retrofit.known
         caches = {name: kwargs[name] for name in ("past_key_values", "layer_past") if kwargs.get(name) is not None}
         windowed = {name: WindowedCache(cache, known.padding_mask) for name, cache in caches.items()}
         kwargs |= {"attention_mask": known.window_mask, **windowed}
@@ -188,12 +187,16 @@ class MemoryHybridModel(TeacherDispatchMixin):
         layers = decoder_layers(self)
         for index in self.config.memory_layers:
             name, attention = find_attention(layers[index])
+            slot = slot_class(self.config)(self.config, index)
             # CODEPATH: "replace" leaves nothing of attention, "retrofit" puts a memory beside it.
             if self.config.memory_mode == "replace":
-                slot = slot_class(self.config)(self.config, index)
+                layers[index].set_submodule(name, slot)
             else:
-                slot = retrofit_class(type(attention))(self.config, index)
-            setattr(layers[index], name, slot)
+                # Constructors of attention differ from family to family, so that of the layer becomes the other class.
+                attention.__class__ = retrofit_class(type(attention))
+                attention.retrofit = slot
+            if type(layers[index]).__name__ in KEEPS_KEYWORDS:
+                layers[index].register_forward_pre_hook(hand_over, with_kwargs=True)
             self._keep_in_fp32_modules_strict |= set(slot_class(self.config)._keep_in_fp32_modules_strict)
 
     def forward(
@@ -292,7 +295,7 @@ class MemoryHybridForCausalLM(TeacherDispatchMixin):
     def __init__(self, config: MemoryHybridConfig) -> None:
         super().__init__(config)
         # The teacher's constructor names the class of its body, so it is changed afterwards.
-        body = self.base_model
+        body = self.reader
         body.__class__ = hybrid_class(MemoryHybridModel, type(body))
         body.install_memories()
         self.post_init()
@@ -315,9 +318,16 @@ class MemoryHybridForCausalLM(TeacherDispatchMixin):
         masks = dict(masks) if isinstance(masks, dict) else {TEACHER: masks}
         return masks | {PADDING: known.padding_mask, WINDOW: known.window_mask}
 
+    @property
+    def reader(self) -> PreTrainedModel:
+        """The innermost model with all decoder layers: OPT calls its decoder, past the body around that."""
+        layers = decoder_layers(self)
+        models = [part for part in self.base_model.modules() if isinstance(part, PreTrainedModel)]
+        return [model for model in models if any(part is layers for part in model.modules())][-1]
+
     def memory_inputs(self, *args, **kwargs) -> MemoryInputs:
         """`MemoryHybridModel.memory_inputs`."""
-        return self.base_model.memory_inputs(*args, **kwargs)
+        return self.reader.memory_inputs(*args, **kwargs)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -326,28 +336,45 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     Raises:
         ValueError: when the model does not keep them in one list.
     """
-    body = model.base_model
     count = model.config.get_text_config(decoder=True).num_hidden_layers
-    lists = [child for child in body.children() if isinstance(child, nn.ModuleList) and len(child) == count]
-    if len(lists) != 1:
+    lists = {
+        name: module
+        for name, module in model.base_model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    }
+    # A layer may hold as many experts as there are layers.
+    outer = [x for name, x in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outer) != 1:
         raise ValueError(f"{type(model).__name__} does not keep its {count} decoder layers in one list.")
-    return lists[0]
+    return outer[0]
 
 
 def find_attention(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the self-attention of a decoder layer.
+    """Name inside a decoder layer, and module, of its self-attention.
 
     Raises:
         ValueError: when there is none, or more than one.
     """
-    found = [(name, child) for name, child in layer.named_children() if type(child).__name__.endswith("Attention")]
+    parts = list(layer.named_children())
+    inner = [(f"{name}.{n}", child) for name, part in parts for n, child in part.named_children()]
+    for candidates in (parts, inner):
+        found = [(name, part) for name, part in candidates if type(part).__name__.endswith("Attention")]
+        if found:
+            break
     if len(found) != 1:
-        names = ", ".join(name for name, _ in layer.named_children())
+        names = ", ".join(name for name, _ in parts)
         raise ValueError(
             f"A layer of class {type(layer).__name__} has {len(found) or 'no'} self-attention modules among its parts "
             f"({names}); hybrids are built from layers with exactly one."
         )
     return found[0]
+
+
+def hand_over(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before a layer that keeps keyword arguments to itself: tell its memory what it has to know."""
+    for module in layer.modules():
+        if isinstance(module, MemorySlotMixin):
+            module.known = kwargs.get("memory_inputs") or MemoryInputs()
 
 
 def mixer_class(memory_config: PreTrainedConfig) -> type[nn.Module]:

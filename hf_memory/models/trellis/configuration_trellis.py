@@ -48,7 +48,9 @@ class TrellisConfig(MemoryConfig):
     output_map (`str`, *optional*, defaults to `"ln_silu"`):
         Nonlinearity over the channels of what a head reads. In a hybrid it defaults to `"identity"`.
     write_eps (`float`, *optional*, defaults to 0.001):
-        Epsilon of a normalising `write_map`. Memories start at zero, where its Jacobian is 0.5 / sqrt(write_eps).
+        Epsilon of a normalising `write_map`. Memories start at zero, where its Jacobian is 0.5 / sqrt(write_eps): at
+        the default the first chunk writes far more than later ones, which serves recall of it and not text. 1.0 treats
+        all chunks alike.
     read_eps (`float`, *optional*, defaults to 1e-06):
         Epsilon of normalising `read_map` and `output_map`.
     refinements (`int`, *optional*, defaults to 0):
