@@ -238,6 +238,9 @@ def test_what_the_triton_form_does_not_take_is_no_job():
     trellis = {"two_pass_slots/16": at_32, "two_pass_slots_identity/1": decoding}
     assert triton == {"sphere_slots/1": at_64, "sphere_slots/16": at_64} | trellis
     assert measured("two_pass_slots_identity/1", "chunk") == at_64
+    norm = [OPS["anchored_linear_norm/64"]]
+    behind_norm = run.jobs(norm, None, dtypes, run.MODES, cuda, False, ["triton"])
+    assert {job.mode for job in behind_norm if job.dtype == "float32"} == {"decode", "decode-graph"}
     named = [Shape(1, 8192, 16, 128)]
     assert list(run.jobs(slots, named, dtypes, ["fwd", "first-call"], cuda, False, ["triton"])) == []
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from .. import presets
 from ..dispatch import anchored_linear, anchored_mlp, force_form, forms
 from ..sphere_slots.op import sphere_slots
-from ..sphere_slots.types import SphereOptions, check_inputs
+from ..sphere_slots.types import SphereOptions
+from ..sphere_slots.types import check_inputs as check_sphere
 from ..two_pass_slots import op as two_pass
 from ..two_pass_slots import plan as two_pass_plan
 from ..two_pass_slots.inputs import SlotOptions
-from ..types import AnchoredOptions, State
+from ..types import AnchoredOptions, State, check_inputs
 from .inputs import (
     Shape,
     Tensors,
@@ -50,6 +51,10 @@ Run = Callable[[Tensors, State | None, bool], tuple[Tensor, State | None]]
 """`(operands, initial state, whether to return the final one)` -> outputs and final state."""
 
 
+Make = Callable[[Shape, torch.Generator], Tensors]
+"""Random float32 operands for a shape."""
+
+
 def takes_everything(width: int, dtype: torch.dtype, mode: str) -> str | None:
     """`Op.refuses` of a Triton form that takes all widths and dtypes that are measured."""
     return None
@@ -75,7 +80,7 @@ class Op:
     """
 
     name: str
-    make: Callable[[Shape, torch.Generator], Tensors]
+    make: Make
     truth: Callable[[Tensors], Tensor]
     run: Run | None = None
     grid: int | None = None
@@ -169,19 +174,31 @@ def _gated_delta_rule_inputs(shape: Shape, generator: torch.Generator) -> Tensor
     return inputs
 
 
-def _op(name: str, run: Run, make: Callable[[Shape, torch.Generator], Tensors], **fields) -> Op:
+def _op(name: str, run: Run, make: Make, **fields) -> Op:
     return Op(name, make, _truth(run), run, **fields)
+
+
+def _anchored_refuses(width: int, dtype: torch.dtype, mode: str, make: Make, options: AnchoredOptions) -> str | None:
+    if mode.startswith("decode"):  # its kernels take all that is measured, behind a prompt in any form
+        return None
+    from ..triton_form import unsupported
+
+    inputs = cast(make(Shape(1, 1, 1, width), torch.Generator()), dtype)
+    operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), weights_of(inputs), norm_of(inputs))
+    return unsupported(check_inputs(*operands, None, options))
 
 
 def _anchored(grid: int) -> list[Op]:
     zero = AnchoredOptions(chunk_size=grid)
     init = replace(zero, decay_target="init")
+    with_norm, deep = partial(memory_inputs, norm=True), partial(memory_inputs, depth=2, norm=True)
     return [
         _op(
             "anchored_linear",
             partial(_linear, options=zero),
             memory_inputs,
             grid=grid,
+            refuses=partial(_anchored_refuses, make=memory_inputs, options=zero),
             # fla's chunk form of the online rule loses everything in float32.
             float32_error=1e-5,
             options="plain, momentum, decay to zero",
@@ -190,16 +207,18 @@ def _anchored(grid: int) -> list[Op]:
         _op(
             "anchored_linear_norm",
             partial(_linear, options=init),
-            partial(memory_inputs, norm=True),
+            with_norm,
             grid=grid,
+            refuses=partial(_anchored_refuses, make=with_norm, options=init),
             options="LayerNorm + residual, momentum, decay to init",
             peers=(fla_ttt_linear(grid),),
         ),
         _op(
             "anchored_mlp",
             partial(_mlp, options=init),
-            partial(memory_inputs, depth=2, norm=True),
+            deep,
             grid=grid,
+            refuses=partial(_anchored_refuses, make=deep, options=init),
             widths=(64,),
             options="depth 2, expansion 4, momentum, decay to init",
         ),
@@ -220,7 +239,7 @@ def _sphere_refuses(width: int, dtype: torch.dtype, mode: str, options: SphereOp
 
     inputs = cast(sphere_inputs(Shape(1, 1, 1, width), torch.Generator()), dtype)
     operands = (inputs["q"], inputs["k"], inputs["v"], gates_of(inputs), inputs["slots"])
-    return unsupported(check_inputs(*operands, None, options))
+    return unsupported(check_sphere(*operands, None, options))
 
 
 def _sphere_ops() -> list[Op]:

@@ -20,13 +20,15 @@ PROMPT = 3
 # Long enough for two folds of every row, whatever its phase.
 CASES = {
     "default maps": ({}, {"chunk_size": 4}),
-    "online": ({"shape": (2, 7, 2, 8)}, {"chunk_size": 1, "read_map": "l2_silu"}),
+    "online": ({"shape": (2, 7, 2, 8), "sets": 1}, {"chunk_size": 1, "read_map": "l2_silu"}),
     "one set of gates, narrow values": (
         {"sets": 1, "value_width": 5, "slots": 20}, {"chunk_size": 3, "write_map": "l2_silu", "read_map": "silu"},
     ),
     "wide values": ({"value_width": 24}, {"chunk_size": 3, "write_map": "silu", "read_map": "softmax"}),
     "identity": ({"start": False}, {"chunk_size": 4, "write_map": "identity", "read_map": "identity"}),
     "no decay": ({"decay": False}, {"chunk_size": 3}),
+    "a decay for each memory": ({"shape": (2, 11, 1, 8)}, {"chunk_size": 3}),
+    "online, a decay for each memory": ({"shape": (2, 7, 1, 8)}, {"chunk_size": 1}),
     "two folded tiles": ({"shape": (2, 38, 1, 8)}, {"chunk_size": 17}),
     "more than a block of slots and width": ({"shape": (2, 11, 1, 36), "slots": 40}, {"chunk_size": 3}),
 }  # fmt: skip
@@ -64,6 +66,9 @@ def prompted(case: SlotCase, prompt: int, form: str = "chunk") -> State:
 def test_tokens_over_several_chunks_equal_the_reference(name: str):
     """Rows of different phases, each masked now and then, over more than two folds."""
     case = make(*CASES[name])
+    if "a decay for each" in name:
+        decay = case.operands["log_decay"]
+        case.operands["log_decay"] = torch.cat([decay, 3 * decay], dim=-1).float().double()
     time, chunk = case.shape[1], case.options["chunk_size"]
     prompt = max(PROMPT, chunk - 1)
     mask = torch.ones(2, time, dtype=torch.bool)

@@ -14,8 +14,8 @@ TINY = {
 OTHER = ["forms", "static_cache"]
 # Of memories whose kernels the interpreter needs much longer for, one of each kind.
 OF_EACH_KIND = ["split_invariance", "left_padding", "beam_search", "gradient_checkpointing"]
-# What a decoded token can spoil: rows that stand still, rows of different phases, what others hold of its state.
-DECODED = ["idle_rows", "batched_generation", "cache_fork"]
+# What a decoded token can spoil: rows that stand still, and rows of different phases.
+DECODED = ["idle_rows", "batched_generation"]
 
 
 def check(properties: list[str], model_type: str, **memory) -> None:
