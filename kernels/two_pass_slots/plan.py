@@ -94,18 +94,19 @@ FLOAT32 = (
 NUMBERS = {"num_tokens": "i32", "num_tiles": "i32", "H": "i32:16", "hypergrad": "fp32"}
 
 
-def entries(kernels: Iterable[Any], chain: bool) -> list:
-    """Compile-check entries of kernels that use φ (`chain`) or f."""
+def entries(kernels: Iterable[Any], chain: bool, name: str = "ln_silu") -> list:
+    """Compile-check entries of kernels that use φ (`chain`) or f, called `name`."""
     from ..compiled import KernelEntry
 
     found = []
-    name = {"MAP": "ln_silu", "EPS": 1e-3 if chain else 1e-6}
+    chosen = {"MAP": name, "EPS": 1e-3 if chain else 1e-6}
     for dtype, itemsize, width in (("bf16", 2, 64), ("fp32", 4, 32)):
         constants = blocks(width, width, WIDEST_CHUNK, itemsize)
         launched = {part: constants.pop(part) for part in ("num_warps", "num_stages")}
         for kernel in kernels:
-            names = [n for n in kernel.arg_names if n not in {*constants, *name, "PRECISION"}]
+            names = [n for n in kernel.arg_names if n not in {*constants, *chosen, "PRECISION"}]
             types = {n: NUMBERS.get(n) or ("*fp32" if n in FLOAT32 else f"*{dtype}") for n in names}
             label = f"two_pass_slots {kernel.__name__} {width}x{width} {dtype}"
-            found.append(KernelEntry(label, kernel, types, constants | name, **launched))
+            label += "" if name == "ln_silu" else f" {name}"
+            found.append(KernelEntry(label, kernel, types, constants | chosen, **launched))
     return found

@@ -249,18 +249,21 @@ def decode_step(operands: SlotOperands, state: State) -> tuple[Tensor, State]:
 
 
 def compile_entries(target: Target) -> list[KernelEntry]:
-    """The default sizes at batch 1 and 64, the exact recurrence, a long chunk, and the largest memory."""
+    """The default sizes at batch 1 and 64, the exact recurrence, a long chunk, the largest memories, other maps."""
     found = []
-    plain = ("mask", "log_decay", "decay_rows")
-    for slots, width, batch, chunk, absent in (
-        (64, 64, 64, 16, ()), (64, 64, 1, 16, ("mask",)), (64, 64, 64, 1, ()), (64, 64, 64, 64, plain),
-        (32, 32, 64, 16, ()), (128, 128, 64, 16, ()), (64, 256, 1, 64, ())
+    plain, usual = ("mask", "log_decay", "decay_rows"), ("ln_silu", "ln_silu")
+    for slots, width, batch, chunk, absent, (write_map, read_map) in (
+        (64, 64, 64, 16, (), usual), (64, 64, 1, 16, ("mask",), usual), (64, 64, 64, 1, (), usual),
+        (64, 64, 64, 64, plain, usual), (32, 32, 64, 16, (), usual), (128, 128, 64, 16, (), usual),
+        (64, 256, 1, 64, (), usual), (64, 64, 64, 1, ("mask",), ("identity", "identity")),
+        (64, 64, 64, 16, (), ("l2_silu", "softmax")),
     ):  # fmt: skip
         cut = decode_plan(batch * 16, slots, width, chunk, target.processors)
-        maps = {"WRITE_MAP": "ln_silu", "WRITE_EPS": 1e-3, "READ_MAP": "ln_silu", "READ_EPS": 1e-6}
+        maps = {"WRITE_MAP": write_map, "WRITE_EPS": 1e-3, "READ_MAP": read_map, "READ_EPS": 1e-6}
         sizes = {"K": width, "V": width, "D": width, "M": slots, "CHUNK": chunk, "STEPS": 2, "DECAYS": 1}
         constants = {**sizes, **maps, **cut.constants, **dict.fromkeys(absent)}
         types = entry_types(two_pass_decode_kernel, {*constants, "PRECISION"})
         name = f"two_pass_slots decode {slots}x{width} B{batch} grid {chunk}"
+        name += "" if write_map == "ln_silu" else f" {write_map} {read_map}"
         found.append(KernelEntry(name, two_pass_decode_kernel, types, constants, cut.num_warps, 1, chunk > 1))
     return found
