@@ -196,7 +196,11 @@ def test_names_of_teachers(tmp_path):
 @pytest.mark.parametrize(
     ("stage", "said", "unsaid"),
     [
-        ({"name": "distill", "kl_weight": 1.0, "ce_weight": 0.0}, "learns the teacher's distribution", "cross entropy"),
+        (
+            {"name": "distill", "kl_weight": 1.0, "ce_weight": 0.0},
+            "learns the teacher's distribution",
+            "cross entropy",
+        ),
         ({"name": "distill", "kl_weight": 0, "ce_weight": 1.0}, "learns the next token of the text", "distribution"),
         (
             {"name": "distill", "kl_weight": 0.1, "ce_weight": 1.0},
