@@ -68,8 +68,7 @@ class LayerSearch:
     ) -> None:
         self.run, self.recipe, self.teacher, self.corpus = run, recipe, teacher, corpus
         self.file = run.work.path / SENSITIVITY
-        count = run.student.config.num_hidden_layers
-        self.candidates = list(range(count)) if plan is None else plan.saving
+        self.candidates = sorted(run.student.config.memory_layers) if plan is None else plan.saving
         wanted = int(recipe.layers.partition(":")[2]) if plan is None else plan.needed()
         self.wanted = wanted
         self.enough: Callable[[list[int]], bool] = (

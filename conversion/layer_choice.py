@@ -52,30 +52,38 @@ def is_auto(layers: Layers) -> bool:
     return isinstance(layers, str) and layers.startswith("auto")
 
 
-def layer_numbers(layers: Layers, num_layers: int) -> list[int]:
+def layer_numbers(layers: Layers, num_layers: int, attention: Sequence[int] | None = None) -> list[int]:
     """Parsed layers as numbers, for a teacher of `num_layers`; those of `auto` are not known yet, and all may be.
+
+    Args:
+        layers: From `parse_layers`.
+        num_layers: Layers of the teacher.
+        attention: Those that have attention, which is what words and patterns count. Default: all.
 
     Raises:
         ConversionError: Layers that the teacher does not have.
     """
-    everything = list(range(num_layers))
+    everything = list(range(num_layers) if attention is None else attention)
     if isinstance(layers, str):
         word, _, value = layers.partition(":")
         if word == "every":
-            return [layer for layer in everything if layer % int(value)]
+            return [layer for place, layer in enumerate(everything) if place % int(value)]
         if word == "ratio":
-            count = round(float(value) * num_layers)
+            count = round(float(value) * len(everything))
             # The last of each of `count` equal parts: the first layer keeps its attention longest.
-            return sorted({(part + 1) * num_layers // count - 1 for part in range(count)})
+            return sorted({everything[(part + 1) * len(everything) // count - 1] for part in range(count)})
         if word == "auto":
-            if value and int(value) > num_layers:
-                raise ConversionError(f"`layers` {layers!r} is more than the {num_layers} layers of the teacher.")
+            if value and int(value) > len(everything):
+                which = "" if len(everything) == num_layers else " that have attention"
+                raise ConversionError(
+                    f"`layers` {layers!r} is more than the {len(everything)} layers of the teacher{which}."
+                )
             return everything
         chosen = {
             "all": slice(0, None),
             "odd": slice(1, None, 2),
             "even": slice(0, None, 2),
-            "lower": slice(0, num_layers // 2),
+            "lower": slice(0, len(everything) // 2),
             "none": slice(0, 0),
         }
         return everything[chosen[word]]

@@ -6,7 +6,7 @@ accepted.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -256,15 +256,16 @@ class Recipe:
         """Steps that use up the stage's tokens, the last one rounded up."""
         return math.ceil(stage.tokens / (self.context_of(stage) * self.batch_size_of(stage)))
 
-    def layer_numbers(self, num_layers: int) -> list[int]:
+    def layer_numbers(self, num_layers: int, attention: Sequence[int] | None = None) -> list[int]:
         """`layers` as numbers, for a teacher of so many layers; with auto, all that it may choose from.
+
+        `attention` are the layers that have some, by default all.
 
         Raises:
             ConversionError: A layer that the teacher does not have.
         """
-        if self.chosen_layers is not None:
-            return layer_numbers(self.chosen_layers, num_layers)
-        return layer_numbers(self.layers, num_layers)
+        layers = self.layers if self.chosen_layers is None else self.chosen_layers
+        return layer_numbers(layers, num_layers, attention)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values in the order of the schema; `read_recipe` takes them back."""

@@ -41,6 +41,7 @@ from hf_memory.conversion.sampling import SampledText, is_teacher, sampled_size
 from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.surgery import build_student, memory_parameters
+from hf_memory.conversion.teachers import attention_of_layers, refuse_unsupported
 from hf_memory.conversion.training import (
     Run,
     as_masters,
@@ -125,14 +126,20 @@ class _Conversion:
         self.voice = Voice(silent=not accelerator.is_main_process)
         self.origin = (recipe.trust_remote_code, recipe.revision)
         self.config = self._teacher_config(recipe)
-        numbers = recipe.layer_numbers(self._num_layers)
-        # Numbers instead of words, so that the same layers under another name are the same recipe.
-        self.recipe = recipe if is_auto(recipe.layers) else replace(recipe, layers=numbers)
+        self.recipe = recipe
         self.device = place_of(accelerator, resolve_device(recipe.device))
         self.placement = recipe.device_map
         self.dtype = _compute_dtype(recipe, self.device)
         # Now: a model made of a configuration writes its own dtype into it.
         self.saved_dtype = self._saved_dtype()
+        with torch.device("meta"):
+            self.skeleton = build_without_weights(self.config, self.dtype)
+        refuse_unsupported(self.skeleton)
+        self.attention = list(attention_of_layers(self.skeleton))
+        numbers = self._layers
+        if not is_auto(recipe.layers):
+            # Numbers instead of words, so that the same layers under another name are the same recipe.
+            self.recipe = replace(recipe, layers=numbers)
 
     def run(self) -> Path:
         main = self.accelerator.is_main_process
@@ -201,12 +208,12 @@ class _Conversion:
     def _check_surgery(self) -> None:
         """Surgery and stages on tensors without memory, before anything large is loaded; what the run will need."""
         check_bits(self.recipe.teacher_bits)
+        skeleton = self.skeleton
         with torch.device("meta"):
-            skeleton = build_without_weights(self.config, self.dtype)
             student = self._student_of(skeleton)
             self.cache_plan = None
             if self.recipe.cache_budget is not None:
-                everywhere = self._student_of(skeleton, range(self._num_layers)).config
+                everywhere = self._student_of(skeleton, self.attention).config
                 budget = parse_budget(self.recipe.cache_budget)
                 self.cache_plan = plan_cache(budget, self.config, everywhere, self.saved_dtype)
         if self.recipe.stream:
@@ -232,7 +239,7 @@ class _Conversion:
     @property
     def _layers(self) -> list[int]:
         """The layers to convert; all, as long as they are not found yet."""
-        return self.recipe.layer_numbers(self._num_layers)
+        return self.recipe.layer_numbers(self._num_layers, self.attention)
 
     @property
     def _searches(self) -> bool:

@@ -119,3 +119,19 @@ def test_a_budget_that_cannot_be_met_is_one_sentence_before_anything_is_loaded(t
         convert(tiny_recipe(teacher, text, tmp_path / "out", **flags))
     assert sentence in str(caught.value)
     assert [entry.name for entry in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_words_and_patterns_count_the_layers_that_have_attention():
+    attention = [2, 5, 8, 11]
+    for layers, expected in (
+        ("all", attention),
+        ("odd", [5, 11]),
+        ("lower", [2, 5]),
+        ("every:2", [5, 11]),
+        ("ratio:0.5", [5, 11]),
+        ("auto:4", attention),
+        ([2, 3], [2, 3]),
+    ):
+        assert layer_numbers(layers, 12, attention) == expected
+    with pytest.raises(ConversionError, match="4 layers of the teacher that have attention"):
+        layer_numbers("auto:5", 12, attention)
