@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -57,6 +58,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# A full disk, a quota, and a limit on the size of files.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def convert(recipe: Recipe, *, restart: bool = False) -> Path:
     """
     Convert a teacher as a recipe says, or continue where an earlier call was cut off.
@@ -108,6 +113,11 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
     except StrictDataclassError as error:
         # A field of the memory's configuration; the cause has the sentence.
         raise ConversionError(f"A memory cannot be built like this: {error.__cause__ or error}") from error
+    except OSError as error:
+        # What is read has sentences of its own; that there is no room shows wherever something is written.
+        if error.errno in NO_ROOM:
+            raise work.unwritable(error) from error
+        raise
     except RuntimeError as error:
         if lost_another(error):
             good = work.last_good() or "none yet"

@@ -38,8 +38,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare_with_full(model: PreTrainedModel, ids: Tensor, cache: CompressedCache, tail: int) -> Comparison:
-    """Read a text with a compressed cache and with that which the model makes for itself: all but its tail in one call,
-    the tail in steps.
+    """Read a text with a compressed cache and with the model's own: all but its tail in one call, the tail in steps.
 
     Args:
         model: a causal language model.

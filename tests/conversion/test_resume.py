@@ -1,5 +1,6 @@
 """A conversion that was cut off anywhere ends in the weights of one that was not."""
 
+import errno
 import json
 import os
 import resource
@@ -188,6 +189,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(teacher, text, undisturbe
     assert [entry.name for entry in (tmp_path / "out.converting" / "checkpoints").iterdir()] == ["align-000003"]
     monkeypatch.setattr(training._Loop, "save", original)
     assert_same(convert(recipe), undisturbed)
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_shows(teacher, text, tmp_path, monkeypatch):
+    recipe = tiny_recipe(teacher, text, tmp_path / "out", layers="auto:1", auto_tokens=2 * 2 * CONTEXT, **OFTEN)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hf_memory.conversion.auto_layers.write_choices", full)
+    with pytest.raises(ConversionError, match="cannot be written .*; the last complete checkpoint, auto-000002, is"):
+        convert(recipe)
 
 
 def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(teacher, text, tmp_path, monkeypatch):
