@@ -95,6 +95,22 @@ def test_a_stage_needs_less_with_a_streamed_teacher(teacher, text, tmp_path):
     assert waiting(skeleton) == 2 * sum(4 * value.numel() for value in decoder_layers(skeleton)[0].parameters())
 
 
+def test_the_control_counts(teacher, text, tmp_path):
+    """It trains all of the teacher, where the stages train a memory; in parts no larger than those of a stage."""
+    skeleton = skeleton_of(teacher)
+    with torch.device("meta"):
+        student = build_student(skeleton, layers=[1], memory_options={"memory_depth": 1})
+    count, expected = sum(value.numel() for value in skeleton.parameters()), {}
+    for accumulate in (1, 2):
+        flags = {"controls": ["continued"], "set": [f"distill.accumulate={accumulate}"], "batch_size": 8}
+        expected[accumulate] = expected_peak(
+            tiny_recipe(teacher, text, tmp_path / "out", **flags), skeleton, student, CPU
+        )
+        assert expected[accumulate].when == "the control"
+        assert expected[accumulate].parts["moments of Adam"] == 8 * count
+    assert expected[1].parts["activations"] == 2 * expected[2].parts["activations"]
+
+
 def test_few_bits_count_and_need_their_package(teacher, text, tmp_path, monkeypatch):
     skeleton = skeleton_of(teacher)
     linear = sum(p.numel() for name, p in skeleton.named_parameters() if "proj" in name)
