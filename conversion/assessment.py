@@ -14,7 +14,7 @@ import torch
 
 from hf_memory._cli.loading import load_model
 from hf_memory.conversion.adapters import load_adapters
-from hf_memory.conversion.checkpoints import PARTIAL, WorkFolder
+from hf_memory.conversion.checkpoints import WorkFolder, read_whole, write_whole
 from hf_memory.conversion.controls import CONTINUED, OFF, STUDENT, TEACHER, Chain, MemoryOff, control_options
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token
 from hf_memory.conversion.evaluate import SPEED_CONTEXTS, evaluate_pair
@@ -98,10 +98,8 @@ class Assessment:
             for name, quality in found.items()
         }
         stages.append({"stage": label, "blocks": len(blocks)} | parts)
-        beside = self._stages_file.with_name(self._stages_file.name + PARTIAL)
         try:
-            beside.write_text(json.dumps(stages, indent=2) + "\n", encoding="utf-8")
-            beside.replace(self._stages_file)
+            write_whole(self._stages_file, json.dumps(stages, indent=2) + "\n")
         except OSError as error:
             raise self.work.unwritable(error) from error
         own, its = found["student"].whole, found["teacher"].whole
@@ -121,7 +119,7 @@ class Assessment:
         `evaluate.Quality`.
         """
         file = self._stages_file
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        return read_whole(file, json.loads) if file.exists() else []
 
     @property
     def _control_work(self) -> WorkFolder:

@@ -284,6 +284,33 @@ def test_checkpoints_are_complete_or_not_there(tmp_path):
         assert [entry.name for entry in work.checkpoints.iterdir()] == ["distill-000002"]
 
 
+def test_a_checkpoint_that_cannot_be_read_takes_no_other_with_it(tmp_path):
+    with WorkFolder(tmp_path / "out") as work:
+        (work.path / "recipe.yaml").touch()
+        work.save(Checkpoint("align", 2, {}, {"weight.a": torch.arange(3.0)}))
+        (work.checkpoints / "align-000003").mkdir()
+        with pytest.raises(ConversionError, match="align-000003' cannot be read .*: put it back, or pass --restart"):
+            work.latest(["align"])
+        (work.checkpoints / "align-000003").rmdir()
+        assert work.latest(["align"]).step == 2
+
+
+def test_a_damaged_file_is_one_sentence(teacher, text, tmp_path, monkeypatch):
+    recipe = tiny_recipe(teacher, text, tmp_path / "out", layers="auto:1", auto_tokens=2 * CONTEXT, **OFTEN)
+    stop_at(monkeypatch, "distill", 2, RuntimeError("power cut"))
+    with pytest.raises(RuntimeError):
+        convert(recipe)
+    for name in ("recipe.yaml", "stages.json", "sensitivity.json"):
+        file = tmp_path / "out.converting" / name
+        whole = file.read_bytes()
+        # A disk that lost its power may have a name, and nothing under it.
+        file.write_bytes(b"")
+        with pytest.raises(ConversionError, match=f"{name}' cannot be read .*: put it back, or pass --restart"):
+            convert(recipe)
+        file.write_bytes(whole)
+    convert(recipe)
+
+
 def test_differences_are_named_by_their_place():
     assert first_difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}) == ("b.c", 2, 3)
     assert first_difference({"layers": [1]}, {"layers": [1, 2]}) == ("layers", [1], [1, 2])
