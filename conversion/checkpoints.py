@@ -303,7 +303,7 @@ def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, A
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text under another name and rename it when it is on disk: a reader finds the whole of one or the other."""
+    """Write a text under another name, and rename it when it is on disk: a reader finds all of the old or the new."""
     beside = file.with_name(file.name + PARTIAL)
     beside.write_text(text, encoding="utf-8")
     _flush(beside)
