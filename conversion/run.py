@@ -261,15 +261,18 @@ class _Conversion:
 
     def _student_of(self, teacher: PreTrainedModel, layers: Sequence[int] | None = None) -> PreTrainedModel:
         recipe = self.recipe
-        return build_student(
-            teacher,
-            layers=self._layers if layers is None else layers,
-            memory=recipe.memory,
-            memory_options=recipe.memory_options,
-            mode=recipe.mode,
-            window=recipe.window,
-            seed=recipe.seed,
-        )
+        try:
+            return build_student(
+                teacher,
+                layers=self._layers if layers is None else layers,
+                memory=recipe.memory,
+                memory_options=recipe.memory_options,
+                mode=recipe.mode,
+                window=recipe.window,
+                seed=recipe.seed,
+            )
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
 
     def _text(self) -> tuple[PreTrainedTokenizerBase | None, Corpus | None]:
         if self.recipe.data is None:

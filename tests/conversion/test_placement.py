@@ -16,6 +16,7 @@ from hf_memory.conversion.recipe import ConversionError, read_recipe
 from hf_memory.conversion.run import convert
 from hf_memory.conversion.surgery import build_student, decoder_layers, memory_parameters
 from hf_memory.conversion.training import fingerprint
+from hf_memory.evaluation.properties_tiny import tiny_config
 
 
 CPU = torch.device("cpu")
@@ -121,6 +122,12 @@ def test_few_bits_count_and_need_their_package(teacher, text, tmp_path, monkeypa
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "`teacher_bits` 4 needs the package bitsandbytes, which is not installed" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_cannot_be_one_is_refused_before_it_is_loaded(tmp_path):
+    tiny_config("falcon").save_pretrained(tmp_path / "falcon")
+    with pytest.raises(ConversionError, match="FalconForCausalLM cannot be converted: its attention does not go"):
+        convert(tiny_recipe(tmp_path / "falcon", None, tmp_path / "out", stages="init", tokens=None))
 
 
 def test_placements_that_do_not_fit_are_one_sentence(teacher, text, tmp_path):
