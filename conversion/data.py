@@ -45,6 +45,15 @@ class Corpus:
         """Of all tokens; a resumed run must find the same ones."""
         return hashlib.sha256(self.train.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise a sentence if there are tokens beyond the first `size`, those that a teacher knows."""
+        highest = int(max(self.train.max(), self.held_out.max()))
+        if highest >= size:
+            raise ConversionError(
+                f"The data has token {highest}, and the teacher knows {size} tokens: its folder has the tokenizer of "
+                "another model."
+            )
+
     def held_out_blocks(self, context: int, limit: int) -> torch.Tensor:
         """At most `limit` blocks, evenly spread over the held-out text, `[N, context + 1]` int64."""
         return spread_blocks(self.held_out, context, limit)

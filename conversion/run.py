@@ -287,6 +287,7 @@ class _Conversion:
             corpus = load_corpus(
                 self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"), tokens
             )
+        corpus.check_vocabulary(self.config.get_text_config(decoder=True).vocab_size)
         return tokenizer, corpus
 
     def _sampled(self) -> SampledText:

@@ -1,6 +1,7 @@
 """Teachers spread over devices, streamed from disk or in few bits, and the memory that a conversion takes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -130,6 +131,43 @@ def test_a_teacher_that_cannot_be_one_is_refused_before_it_is_loaded(tmp_path):
         convert(tiny_recipe(tmp_path / "falcon", None, tmp_path / "out", stages="init", tokens=None))
 
 
+def half_of_the_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def in_few_bits(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def of_few_tokens(folder):
+    save_teacher(folder, vocab_size=60)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (half_of_the_weights, "holds no model that can be read: Error while deserializing"),
+        (in_few_bits, "needs a package that is not installed: .*GPTQ"),
+        (without_tokenizer, "holds no tokenizer that can be read"),
+        (of_few_tokens, "The data has token [0-9]+, and the teacher knows 60 tokens: .* tokenizer of another model"),
+    ],
+)
+def test_what_is_wrong_with_a_teacher_is_one_sentence(teacher, text, tmp_path, damage, sentence):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    damage(tmp_path / "teacher")
+    with pytest.raises(ConversionError, match=sentence) as caught:
+        convert(tiny_recipe(tmp_path / "teacher", text, tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+
+
 def test_placements_that_do_not_fit_are_one_sentence(teacher, text, tmp_path):
     with pytest.raises(ConversionError, match="`stream` and `device_map` both say"):
         tiny_recipe(teacher, text, tmp_path / "out", stream=True, device_map="auto")
@@ -139,6 +177,8 @@ def test_placements_that_do_not_fit_are_one_sentence(teacher, text, tmp_path):
         tiny_recipe(teacher, text, tmp_path / "out", teacher_bits=3)
     with pytest.raises(ConversionError, match="cannot be placed as `device_map`.*"):
         convert(tiny_recipe(teacher, text, tmp_path / "out", device_map={"": "abacus"}))
+    with pytest.raises(ConversionError, match="`device_map` leaves the teacher's embedding on disk: place it on"):
+        convert(tiny_recipe(teacher, text, tmp_path / "all", device_map={"": "disk"}))
 
 
 def test_a_streamed_teacher_gives_the_same_student(teacher):
