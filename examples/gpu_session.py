@@ -124,6 +124,8 @@ def _op_steps(to: list[str], device: str) -> list[Step]:
         where = [*passes, "--shape", "1x8192x16x64"]
         ops = flags("op", " ".join([*slots, "gated_delta_rule"]))
         found.append(Step("slots", _module("run", *beside, *ops, *where), 40))
+        decoded = [*flags("op", " ".join(slots)), *flags("mode", "decode decode-graph")]
+        found.append(Step("decoded slots", _module("run", *to, *ours, *short, *decoded), 20))
     return found
 
 

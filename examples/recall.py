@@ -32,7 +32,7 @@ from rich.console import Console
 
 
 PRESETS = {
-    "cpu": Sizes(widths=(32,), pairs=8, symbols=16, batch=1024, steps=500, held_out=2**15),
+    "cpu": Sizes(widths=(32, 8), pairs=8, symbols=16, batch=1024, steps=500, held_out=2**16),
     "gpu": Sizes(),
 }
 SECONDS = {"cpu": 90.0, "gpu": 240.0}

@@ -213,10 +213,41 @@ def test_a_graph_is_captured_from_a_call_that_was_not_warmed_up_with(monkeypatch
 
 def test_shapes_fit_the_op_and_the_mode():
     cuda, deep, linear = torch.device("cuda"), OPS["anchored_mlp/64"], OPS["anchored_linear/64"]
-    assert {shape.width for mode in run.MODES for shape in run.default_shapes(deep, mode, cuda)} == {64}
-    assert list(map(str, run.default_shapes(linear, "decode", cuda))) == ["1x2048x16x128", "64x2048x16x128"]
-    assert list(map(str, run.default_shapes(linear, "fwd-graph", cuda))) == ["8x1024x8x64"]
-    assert len(run.default_shapes(linear, "fwd+bwd", cuda)) == 5
+    assert {shape.width for mode in run.MODES for shape in run.default_shapes(deep, mode, "bfloat16", cuda)} == {64}
+    shapes = partial(run.default_shapes, dtype="bfloat16", device=cuda)
+    assert list(map(str, shapes(linear, "decode"))) == ["1x2048x16x128", "64x2048x16x128"]
+    assert list(map(str, shapes(linear, "fwd-graph"))) == ["8x1024x8x64"]
+    assert len(shapes(linear, "fwd+bwd")) == 5
+
+
+def test_what_the_triton_form_does_not_take_is_no_job():
+    """Slot memories on a GPU, at the sizes that the README of each op gives for its kernels."""
+    pytest.importorskip("triton")
+    slots = [op for op in OPS.values() if "slots" in op.name]
+    cuda, dtypes = torch.device("cuda"), ["float32", "bfloat16"]
+    found = list(run.jobs(slots, None, dtypes, run.MODES, cuda, False, []))
+
+    def measured(label: str, form: str) -> set[tuple[str, str, int]]:
+        mine = [job for job in found if job.op.label == label and job.provider.form == form]
+        return {(job.mode, job.dtype, job.shape.width) for job in mine}
+
+    at_64 = {(mode, dtype, 64) for mode in run.MODES for dtype in dtypes}
+    at_32 = {(mode, dtype, 32 if dtype == "float32" else width) for mode, dtype, width in at_64}
+    decoding = {which for which in at_64 if which[0].startswith("decode")}
+    triton = {op.label: measured(op.label, "triton") for op in slots}
+    trellis = {"two_pass_slots/16": at_32, "two_pass_slots_identity/1": decoding}
+    assert triton == {"sphere_slots/1": at_64, "sphere_slots/16": at_64} | trellis
+    assert measured("two_pass_slots_identity/1", "chunk") == at_64
+    norm = [OPS["anchored_linear_norm/64"]]
+    behind_norm = run.jobs(norm, None, dtypes, run.MODES, cuda, False, ["triton"])
+    assert {job.mode for job in behind_norm if job.dtype == "float32"} == {"decode", "decode-graph"}
+    named = [Shape(1, 8192, 16, 128)]
+    assert list(run.jobs(slots, named, dtypes, ["fwd", "first-call"], cuda, False, ["triton"])) == []
+
+
+def test_nothing_to_measure_is_said():
+    with pytest.raises(typer.BadParameter, match="Nothing to measure on 'cpu': no form of two_pass_slots/16"):
+        run.main(op=["two_pass_slots"], form=["triton"], device="cpu")
 
 
 def test_first_call_starts_from_empty_caches(monkeypatch):
@@ -257,6 +288,8 @@ def test_floors_are_what_the_pages_say():
         op = OPS[label]
         counted = floors.cost(op.name, shape, op.grid, "bfloat16", "decode")
         assert counted.bytes == shape[0] * shape[2] * kib * 1024
+    slots = floors.cost("two_pass_slots", (1, 1, 1, 64), 16, "bfloat16", "decode")
+    assert slots.bytes == pytest.approx(44.1 * 1024, rel=1e-3)
     deep = floors.cost("anchored_mlp", (1, 1, 1, 64), 16, "bfloat16", "fwd")
     assert deep.operations == (88 + 16) * 64**2 + 20 * 16 * 64
     linear = floors.cost("anchored_linear", (1, 8192, 16, 128), 1, "bfloat16", "fwd")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..anchored_linear.triton_decode import decode as decode_matrix
 from ..compiled import KernelEntry, Target
-from ..decode_launch import entry_types, in_place_op, whole_heads
+from ..decode_launch import can_run, entry_types, in_place_op, whole_heads, writable
 from ..decode_rows import (
     MAX_ROWS,
     append_gates,
@@ -26,7 +26,7 @@ from ..decode_rows import (
     phase_of,
     sum_rows,
 )
-from ..launch import dot_precision, kernels_run_on, launch, multiprocessors
+from ..launch import dot_precision, launch, multiprocessors
 from ..state import memory_name
 from ..types import Inputs, State
 from .triton_math import activation, descent, output
@@ -270,14 +270,9 @@ decode_two_layers = in_place_op("mlp_decode", _step, operands=11)
 
 def supports(inputs: Inputs, state: State) -> bool:
     """Whether `decode_step` takes a call; the PyTorch form takes every one."""
-    tensors = (*inputs[:3], *inputs.gates, *inputs.weights, *(inputs.norm or ()), *state.values())
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return False
+    operands = (*inputs[:3], *inputs.gates, *inputs.weights, *(inputs.norm or ()))
     return (
-        kernels_run_on(inputs.q.device.type)
-        and inputs.q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-        and all(x.dtype == torch.float32 for name, x in state.items() if name != "phase")
-        and inputs.q.shape[1] == 1
+        can_run(inputs.q, operands, state)
         and inputs.depth <= 2
         and set(inputs.kinds) == {"head"}
         and inputs.options.chunk_size <= MAX_ROWS
@@ -298,11 +293,7 @@ def decode_step(inputs: Inputs, state: State) -> tuple[Tensor, State]:
     Raises:
         ValueError: for a state that is to be overwritten and has tensors that are not contiguous.
     """
-    if inputs.options.overwrite_state:
-        if odd := [name for name, x in state.items() if not x.is_contiguous()]:
-            raise ValueError(f"`initial_state[{odd[0]!r}]` is not contiguous: it cannot be overwritten.")
-    else:
-        state = {name: x.clone(memory_format=torch.contiguous_format) for name, x in state.items()}
+    state = writable(state, inputs.options.overwrite_state)
     name, norm = memory_name(inputs), [x.contiguous() for x in inputs.norm or ()] or (None, None)
     gates = [None if gate is None else gate.contiguous() for gate in inputs.gates]
     bases = [None if base is None else base.contiguous() for base in inputs.base]

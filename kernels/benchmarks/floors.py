@@ -102,7 +102,7 @@ def _mlp(d: int, grid: int, time: int) -> _Work:
 
 
 def _two_pass_slots(d: int, grid: int, time: int) -> _Work:
-    row = 2 * d + 3 * d + 4
+    row = 2 * d + 2 * d + 4  # written, directions, gates; targets are kept, but not read again
     return _Work(12 * d**2 + 8 * grid * d, 5, 2, 2 / grid, _buffered(2 * d**2, row, grid))
 
 

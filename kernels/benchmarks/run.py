@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated
 
@@ -51,6 +52,12 @@ class Job:
     dtype: str
     mode: str
     device: torch.device
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether it asks our Triton form for what it is not made for."""
+        is_triton = (self.provider.name, self.provider.form) == (OWN, "triton")
+        return is_triton and self.op.refuses(self.shape.width, DTYPES[self.dtype], self.mode) is not None
 
     def check(self) -> Check | None:
         """Whether the op is right; `None` for a peer that computes another function.
@@ -138,13 +145,16 @@ def forward_backward(forward: Callable[[Tensors], Tensor], inputs: Tensors) -> C
     return call
 
 
-def default_shapes(op: Op, mode: str, device: torch.device) -> list[Shape]:
+def default_shapes(op: Op, mode: str, dtype: str, device: torch.device) -> list[Shape]:
     """Shapes of a mode that fit the op."""
     if device.type == "cpu":
         return [Shape.parse(CPU_SHAPE)]
     shapes = [shape for shape in map(Shape.parse, SHAPES_OF_MODE[mode]) if shape.width in op.widths]
     largest = max(shape.width for shape in shapes)
-    return [shape for shape in shapes if mode not in AT_LARGEST_WIDTH or shape.width == largest]
+    shapes = [shape for shape in shapes if mode not in AT_LARGEST_WIDTH or shape.width == largest]
+    if dtype == "float32" and op.float32_width is not None:
+        return list(dict.fromkeys(shape._replace(width=op.float32_width) for shape in shapes))
+    return shapes
 
 
 def providers(op: Op, device: torch.device, peers: bool, forms: list[str]) -> list[Provider]:
@@ -164,15 +174,15 @@ def jobs(
     peers: bool,
     forms: list[str],
 ) -> Iterator[Job]:
-    """Everything to measure; without `shapes`, those that fit the mode."""
+    """Everything to measure; without `shapes`, those that fit the mode. What a form does not take is no job."""
     for op in ops:
         found = providers(op, device, peers, forms)
-        for mode in modes:
-            for shape in shapes or default_shapes(op, mode, device):
-                for dtype in dtypes:
-                    for provider in found:
-                        if provider.offers(mode):
-                            yield Job(op, provider, shape, dtype, mode, device)
+        for mode, dtype in product(modes, dtypes):
+            for shape in shapes or default_shapes(op, mode, dtype, device):
+                for provider in found:
+                    job = Job(op, provider, shape, dtype, mode, device)
+                    if provider.offers(mode) and not job.is_refused:
+                        yield job
 
 
 def select(names: list[str]) -> list[Op]:
@@ -247,6 +257,11 @@ def main(
             raise ValueError(f"CUDA graphs need a GPU: {', '.join(graphs)} cannot be measured on {device!r}.")
         forms = known(form or [], OWN_FORMS, "form")
         todo = list(jobs(ops, shapes, dtypes, modes, on, peers, forms))
+        if not todo:
+            raise ValueError(
+                f"Nothing to measure on {device!r}: no form of {', '.join(x.label for x in ops)} that was asked for "
+                "takes these shapes, dtypes and modes there. Leave out --form, --shape, --dtype or --mode."
+            )
         if check:
             todo = list({(j.op, j.provider, j.shape.width, j.dtype, j.mode): j for j in todo}.values())
     except ValueError as error:

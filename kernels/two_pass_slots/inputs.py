@@ -28,6 +28,8 @@ class SlotOptions:
         hypergrad: factor of what the outer gradient gets through the point where an inner one is taken: 1 for the
             gradient of the function as it is, 0 for its first-order approximation. Changes no output.
         form: `"reference"`, `"chunk"` or `"triton"`; `None` lets the device of the tensors decide.
+        overwrite_state: let a call of one token overwrite the tensors of its `initial_state`, which saves a copy of
+            the whole state per token. For callers who own them; a form that always makes new tensors does not care.
     """
 
     chunk_size: int = 16
@@ -38,6 +40,7 @@ class SlotOptions:
     refinements: int = 0
     hypergrad: float = 1.0
     form: str | None = None
+    overwrite_state: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1:
@@ -62,8 +65,49 @@ class SlotOptions:
         return SlotMap(self.read_map, self.read_eps)
 
 
+class SlotOperands(NamedTuple):
+    """Checked operands of one call as they came; those of tokens share a dtype, gates and start are in the working
+    precision.
+
+    Attributes:
+        q, k: `[B, T, H, K]`.
+        v: `[B, T, H, V]`.
+        targets: `[B, T, H, m]`.
+        gates: `[B, T, H, 1]` for both memories, or `[B, T, H, 2]`.
+        start: `[2 H, m, D]`, D the larger one of K and V; `None` for zeros.
+        mask: `[B, T]` bool.
+        options: see there.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    targets: Tensor
+    gates: Gates
+    start: Tensor | None
+    mask: Tensor | None
+    options: SlotOptions
+
+    @property
+    def width(self) -> int:
+        """Of the memories."""
+        return max(self.q.shape[-1], self.v.shape[-1])
+
+    def joined(self) -> "SlotInputs":
+        """The same with the two memories as 2 H heads."""
+
+        def both(gate: Tensor | None) -> Tensor | None:
+            if gate is None:
+                return None
+            return gate.expand(*gate.shape[:3], 2).transpose(2, 3).flatten(2).unsqueeze(-1)
+
+        q, k, v = (functional.pad(x, (0, self.width - x.shape[-1])) for x in (self.q, self.k, self.v))
+        written = torch.cat([k, v], dim=2)
+        return SlotInputs(q, written, self.targets, Gates(*map(both, self.gates)), self.start, self.mask, self.options)
+
+
 class SlotInputs(NamedTuple):
-    """Checked operands of one call; those of tokens share a dtype, gates and start are in the working precision.
+    """Operands of one call with the two memories as heads of one.
 
     The memories of keys and those of values are 2 H heads, those of keys first, of one width D: that of the wider
     kind. The other is padded with zeros, which no step changes.
@@ -112,8 +156,8 @@ def check_inputs(
     start: Tensor | None,
     mask: Tensor | None,
     options: SlotOptions,
-) -> SlotInputs:
-    """Validate shapes with one-sentence errors, bring tokens to one dtype, and join the two memories."""
+) -> SlotOperands:
+    """Validate shapes with one-sentence errors, and bring tokens to one dtype."""
     if q.dim() != 4:
         raise ValueError(f"`q` must be [batch, time, heads, width], got {q.dim()} dimensions.")
     if gates.log_momentum is not None:
@@ -138,18 +182,9 @@ def check_inputs(
 
     common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
     dtype = torch.promote_types(common, torch.float32)
-    q, k, value = (functional.pad(x.to(common), (0, width - x.shape[-1])) for x in (q, k, v))
-
-    def both(gate: Tensor | None) -> Tensor | None:
-        if gate is None:
-            return None
-        return gate.to(dtype).expand(*rows, 2).transpose(2, 3).flatten(2).unsqueeze(-1)
-
-    return SlotInputs(
-        q,
-        torch.cat([k, value], dim=2),
-        targets.to(common),
-        Gates(*map(both, gates)),
+    return SlotOperands(
+        *(x.to(common) for x in (q, k, v, targets)),
+        Gates(*(None if gate is None else gate.to(dtype) for gate in gates)),
         None if start is None else start.to(dtype),
         None if mask is None else mask.bool(),
         options,

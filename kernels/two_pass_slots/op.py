@@ -10,7 +10,8 @@ from ..precision import without_autocast
 from ..types import Gates, State
 from .chunk import chunk_form
 from .decode import decode_form
-from .inputs import SlotInputs, SlotOptions, check_inputs
+from .inputs import SlotOperands, SlotOptions, check_inputs
+from .plan import unsupported
 from .reference import reference_form
 from .state import check_state
 
@@ -18,32 +19,40 @@ from .state import check_state
 DEFAULTS = SlotOptions()
 
 
-def _choose(inputs: SlotInputs) -> str:
-    asked = forced_form() or inputs.options.form
-    form = asked or forms(inputs.q.device)[0]
+def _choose(operands: SlotOperands, state: State | None, decodes: bool) -> str:
+    asked = forced_form() or operands.options.form
+    form = asked or forms(operands.q.device)[0]
     if form != "triton":
         return form
-    require_kernels(inputs.q.device.type)
-    from .triton_form import unsupported
+    require_kernels(operands.q.device.type)
+    if decodes:
+        from .triton_decode import supports
 
-    reason = unsupported(inputs)
+        return "triton" if supports(operands, state) else "chunk"
+    reason = unsupported(operands.options, operands.q.dtype, operands.targets.shape[-1], operands.width)
     if reason is not None and asked:
         raise ValueError(f"The Triton form is {reason}: use form='chunk'.")
     return "chunk" if reason else "triton"
 
 
-def _run(inputs: SlotInputs, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
+def _run(operands: SlotOperands, state: State | None, output_final_state: bool) -> tuple[Tensor, State | None]:
     if state is not None:
-        check_state(inputs, state)
-    form = _choose(inputs)
-    if form == "triton" and not (state is not None and inputs.q.shape[1] == 1):
+        check_state(operands, state)
+    decodes = state is not None and operands.q.shape[1] == 1
+    form = _choose(operands, state, decodes)
+    if form == "triton" and decodes:
+        from .triton_decode import decode_step
+
+        return decode_step(operands, state)
+    inputs = operands.joined()
+    if form == "triton":
         from .triton_form import triton_form
 
         return triton_form(inputs, state, output_final_state)
     inputs = inputs.upcast()
     if form == "reference":
         return reference_form(inputs, state, output_final_state)
-    if state is not None and inputs.q.shape[1] == 1:
+    if decodes:
         return decode_form(inputs, state)
     return chunk_form(inputs, state, output_final_state)
 
@@ -104,8 +113,8 @@ def two_pass_slots(
         q, k, v, targets, *unpacked = (None if x is None else rows.unpack(x) for x in (q, k, v, targets, *gates))
         gates, mask = Gates(*unpacked), rows.mask
     with without_autocast(q.device):
-        inputs = check_inputs(q, k, v, targets, gates, start, mask, options)
-        out, final = _run(inputs, initial_state, output_final_state)
+        operands = check_inputs(q, k, v, targets, gates, start, mask, options)
+        out, final = _run(operands, initial_state, output_final_state)
     out = out[..., : v.shape[-1]]
     if rows is not None:
         out = rows.pack(out)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..types import Gates, State
-from .inputs import SlotInputs
+from .inputs import SlotInputs, SlotOperands
 from .rule import SlotRule, earlier_rows
 
 
@@ -31,27 +31,34 @@ def carried(inputs: SlotInputs, state: State | None) -> Tensor:
     return inputs.q.new_zeros(batch, 2 * heads, inputs.targets.shape[-1], width, dtype=inputs.precision)
 
 
-def check_state(inputs: SlotInputs, state: State) -> None:
+def check_state(operands: SlotOperands, state: State) -> None:
     """Refuse a state of another batch, shape or option set.
 
     Raises:
-        ValueError: with the name of what is missing or misshapen.
+        ValueError: with the name of what is missing, misshapen or of another dtype.
     """
-    batch, _, heads, width = inputs.q.shape
-    slots, chunk = inputs.targets.shape[-1], inputs.options.chunk_size
-    expected = {name: (batch, x.shape[2], chunk, x.shape[3]) for name, x in inputs.tokens.items()}
-    expected["memory"] = (batch, 2 * heads, slots, width)
-    expected["directions"] = (batch, 2 * heads, chunk, (1 + inputs.options.refinements) * slots)
-    expected["phase"] = (batch,)
+    batch, _, heads, slots = operands.targets.shape
+    chunk = operands.options.chunk_size
+    expected = {
+        "memory": (batch, 2 * heads, slots, operands.width),
+        "written": (batch, 2 * heads, chunk, operands.width),
+        "targets": (batch, heads, chunk, slots),
+        "directions": (batch, 2 * heads, chunk, (1 + operands.options.refinements) * slots),
+        "phase": (batch,),
+    }
+    gates = operands.gates._asdict()
+    expected |= {name: (batch, 2 * heads, chunk, 1) for name, gate in gates.items() if gate is not None}
     if odd := sorted(expected.keys() ^ state.keys()):
         raise ValueError(f"`initial_state` was made with other options: {', '.join(odd)} missing or not expected.")
     for name, shape in expected.items():
         if tuple(state[name].shape) != shape:
             raise ValueError(f"`initial_state[{name!r}]` has shape {tuple(state[name].shape)}, expected {shape}.")
+    if state["phase"].dtype != torch.int64:
+        raise ValueError(f"`initial_state['phase']` has dtype {state['phase'].dtype}, expected torch.int64.")
 
 
 def make_state(inputs: SlotInputs, memory: Tensor, rows: dict[str, Tensor], phase: Tensor) -> State:
-    """Assemble a state.
+    """Assemble a state, of contiguous tensors, so that a call of one token can overwrite them.
 
     Args:
         inputs: checked operands of the call.
@@ -63,7 +70,8 @@ def make_state(inputs: SlotInputs, memory: Tensor, rows: dict[str, Tensor], phas
     anchors = earlier_rows(buffered_gates(rows)) if rule.refinements else ()
     _, directions = rule.write(rows["written"], rows["targets"], memory, anchors)
     empty = torch.arange(inputs.options.chunk_size, device=phase.device)[:, None] >= phase[:, None, None, None]
-    return {"memory": memory, **rows, "directions": torch.cat(directions, -1).masked_fill(empty, 0), "phase": phase}
+    state = {"memory": memory, **rows, "directions": torch.cat(directions, -1).masked_fill(empty, 0)}
+    return {name: x.contiguous() for name, x in state.items()} | {"phase": phase}
 
 
 def buffered_gates(rows: State) -> Gates:

@@ -52,18 +52,20 @@ def _unit(z, M: tl.constexpr, MB: tl.constexpr, MAP: tl.constexpr, EPS: tl.const
 
 @triton.jit
 def _slope(z, MAP: tl.constexpr):
-    if MAP == "identity":
-        return 1.0
-    s = tl.sigmoid(z)
-    return s * (1 + z * (1 - s))
+    slope = tl.zeros_like(z) + 1.0
+    if MAP != "identity":
+        s = tl.sigmoid(z)
+        slope = s * (1 + z * (1 - s))
+    return slope
 
 
 @triton.jit
 def _curvature(z, MAP: tl.constexpr):
-    if MAP == "identity":
-        return 0.0
-    s = tl.sigmoid(z)
-    return s * (1 - s) * (2 + z * (1 - 2 * s))
+    curvature = tl.zeros_like(z)
+    if MAP != "identity":
+        s = tl.sigmoid(z)
+        curvature = s * (1 - s) * (2 + z * (1 - 2 * s))
+    return curvature
 
 
 @triton.jit

@@ -117,5 +117,6 @@ def read_backward_kernel(
 
 
 def compile_entries(target: Target) -> list[KernelEntry]:
-    """The default sizes in both precisions, and the widest memory."""
-    return entries((read_kernel, read_backward_kernel), chain=False)
+    """The default sizes in both precisions, and the map whose derivative is a number."""
+    kernels = (read_kernel, read_backward_kernel)
+    return [*entries(kernels, chain=False), *entries(kernels[1:], chain=False, name="identity")]

@@ -393,6 +393,10 @@ def test_errors_are_one_sentence():
     _, state = SlotCase(options={"chunk_size": 8})(output_final_state=True)
     with pytest.raises(ValueError, match="written"):
         case(initial_state=state)
+    _, state = case(output_final_state=True)
+    for dtype in (torch.int32, torch.float32):
+        with pytest.raises(ValueError, match=r"initial_state\['phase'\].*torch.int64"):
+            case(initial_state=state | {"phase": state["phase"].to(dtype)})
 
 
 def test_forms_can_be_forced():

@@ -12,7 +12,9 @@ if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
 
-@pytest.mark.parametrize("memory", ["linear", pytest.param("deep", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "memory", ["linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deep", "trellis"))]
+)
 def test_the_suite_passes_in_the_triton_form(memory: str):
     file = Path(__file__).with_name("interpreted_properties.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", memory]

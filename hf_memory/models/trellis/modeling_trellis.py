@@ -13,6 +13,8 @@
 # limitations under the License.
 """Trellis: two slot memories in the place of a key/value cache, arXiv 2512.23852."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -23,7 +25,7 @@ from transformers.utils import TransformersKwargs, auto_docstring
 
 from hf_memory.cache import MemoryCache, memory_layer
 from hf_memory.configuration import MEMORY
-from hf_memory.kernels import Gates, SlotOptions, two_pass_slots
+from hf_memory.kernels import Gates, SlotOptions, overwrites_state, two_pass_slots
 from hf_memory.kernels.two_pass_slots.maps import SlotMap
 from hf_memory.layers import InitialMemory, MemoryGates, MemoryRMSNorm, ShortConvolution, l2_normalize
 from hf_memory.layers.norms import at_least_float32
@@ -120,6 +122,7 @@ class TrellisMemory(nn.Module):
             refinements=config.refinements,
             hypergrad=config.hypergrad,
         )
+        self.overwriting_options = replace(self.options, overwrite_state=True)
 
     def forward(
         self,
@@ -141,8 +144,13 @@ class TrellisMemory(nn.Module):
             `[B, T, D]`.
         """
         layer = memory_layer(past_key_values, self.layer_idx)
-        states = layer.get_states() if layer is not None else None
-        read, states = self._memorise(hidden_states, states or {}, padding_mask, cu_seqlens, layer is not None)
+        # While generating, a token changes the state where it lies instead of writing a second one.
+        can_overwrite = hidden_states.shape[1] == 1 and not torch.is_grad_enabled()
+        overwrite = can_overwrite and overwrites_state(hidden_states.device)
+        states = layer.get_states(OP_PREFIX if overwrite else None) if layer is not None else None
+        read, states = self._memorise(
+            hidden_states, states or {}, padding_mask, cu_seqlens, layer is not None, overwrite
+        )
         if layer is not None:
             layer.update_states(states, hidden_states.shape[1])
 
@@ -156,6 +164,7 @@ class TrellisMemory(nn.Module):
         padding_mask: Tensor | None,
         cu_seqlens: Tensor | None,
         return_states: bool,
+        overwrite: bool = False,
     ) -> tuple[Tensor, States]:
         query, key, value, tail = self._project(hidden_states, states.get("conv"), padding_mask, cu_seqlens)
         new_states = {} if tail is None else {"conv": tail}
@@ -171,7 +180,7 @@ class TrellisMemory(nn.Module):
             output_final_state=return_states,
             mask=padding_mask,
             cu_seqlens=cu_seqlens,
-            options=self.options,
+            options=self.overwriting_options if overwrite else self.options,
         )
         return read, new_states | {OP_PREFIX + name: state for name, state in (op_states or {}).items()}
 
