@@ -56,7 +56,7 @@ class Adapters:
         seed: Of the adapters' random start.
 
     Raises:
-        ConversionError: When none of the targets is in the scope.
+        ConversionError: When a name among `lora_targets`, or all of the default, is not in the scope.
     """
 
     def __init__(
@@ -71,9 +71,12 @@ class Adapters:
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and f"{name}.weight" in scope and name.rpartition(".")[2] in names
         ]
-        if not self.targets and scope:
+        found = {name.rpartition(".")[2] for name in self.targets}
+        missing = [name for name in names if name not in found]
+        # Not every student has all that are adapted by default.
+        if scope and missing and (options.lora_targets or not found):
             raise ConversionError(
-                f"`lora_targets` {', '.join(names)} are no linear layers among what `trainable` {options.trainable} "
+                f"`lora_targets` {', '.join(missing)} are no linear layers among what `trainable` {options.trainable} "
                 "names here: choose others, or set `trainable` to all."
             )
         if not self.targets:
@@ -105,8 +108,8 @@ class Adapters:
         return changed
 
 
-def save_adapters(options: TrainingStage, trained: Mapping[str, Tensor], folder: str | Path) -> Path:
-    """Write kept adapters into `folder/adapter`, as `PeftModel.from_pretrained(model, ...)` reads them.
+def save_adapters(options: TrainingStage, trained: Mapping[str, Tensor], folder: str | Path) -> None:
+    """Write kept adapters, if there are any, into `folder/adapter`, as `PeftModel.from_pretrained` reads them.
 
     Args:
         options: The stage that trained them.
@@ -114,13 +117,14 @@ def save_adapters(options: TrainingStage, trained: Mapping[str, Tensor], folder:
         folder: Of the model.
     """
     adapters = {name: value for name, value in trained.items() if LORA in name}
+    if not adapters:
+        return
     config = lora_config(options, sorted({name.partition(LORA)[0] for name in adapters}))
     config.inference_mode = True
     place = Path(folder) / FOLDER
     config.save_pretrained(place)
     weights = {PREFIX + name.replace(f".{ADAPTER}.", "."): value for name, value in adapters.items()}
     save_file(weights, place / WEIGHTS, metadata={"format": "pt"})
-    return place
 
 
 def load_adapters(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:

@@ -164,7 +164,11 @@ class Assessment:
                 train_stage(run, CONTROL, stage, chain, len(chain), done)
 
     def report(
-        self, teacher: PreTrainedModel, layers: list[int], stages: Mapping[str, TrainingStage]
+        self,
+        teacher: PreTrainedModel,
+        layers: list[int],
+        stages: Mapping[str, TrainingStage],
+        saved_dtype: torch.dtype,
     ) -> dict[str, Any]:
         """Teacher, saved student and controls measured on the held-out blocks.
 
@@ -172,6 +176,7 @@ class Assessment:
             teacher: On the device, in the dtype to compute in.
             layers: That were converted.
             stages: All that left losses in the log, by their labels.
+            saved_dtype: Of the saved model: caches are counted in it, whatever is computed in.
         """
         recipe, precision = self.recipe, str(self.dtype).removeprefix("torch.")
         blocks = self.corpus.held_out_blocks(recipe.context, recipe.held_out_blocks)
@@ -193,6 +198,7 @@ class Assessment:
                 bytes_per_token=bytes_per_token(blocks, self.tokenizer),
                 speed_contexts=self._speed_contexts(),
                 cache_contexts=[requirement.tokens for requirement in required if requirement.name == "cache_bytes"],
+                cache_dtype=saved_dtype,
                 on_progress=lambda done, total: bar.update(done),
             )
         if self.probe.lengths and self.probe.samples:

@@ -14,6 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from hf_memory._cli.loading import load_config
 from hf_memory.conversion.adapters import FOLDER as ADAPTER_FOLDER
+from hf_memory.conversion.auto_layers import LABEL as SEARCH
 from hf_memory.conversion.data import TEACHER, looks_like_a_path
 from hf_memory.conversion.report import Report, markdown_tables, notes, shortcomings
 from hf_memory.hub import cards
@@ -27,7 +28,6 @@ _PATHS = ("teacher", "data", "held_out")
 _OWN = ("output", "checkpoint_seconds", "code", "report_to", "device_map", "stream")
 _STAGES = {
     "align": "each converted layer learns to give what the teacher's gives.",
-    "distill": "the model learns the teacher's distribution of the next token.",
     "on_policy": "the model writes, and learns what the teacher says about each token of it.",
 }
 
@@ -80,7 +80,7 @@ def write_card(
         config,
         title=title,
         metadata=found | {key: value for key, value in (metadata or {}).items() if value},
-        made=cards.Made(teacher=named, history=_history(config, recipe, report), recipe=shown),
+        made=cards.Made(teacher=named, history=_history(config, recipe, report, folder.name), recipe=shown),
         measured=_measured(folder, report),
     )
 
@@ -214,28 +214,54 @@ def _is_hybrid(config: Any) -> bool:
     return config.model_type == "memory_hybrid"
 
 
-def _history(config: Any, recipe: Mapping[str, Any] | None, report: Report) -> str:
+def _history(config: Any, recipe: Mapping[str, Any] | None, report: Report, name: str) -> str:
     sentences = []
     if _is_hybrid(config) and config.memory_layers:
         sentences.append("The memories start from the projections of the attention that they replace or accompany.")
+    # Without a curve of it, another conversion made the search and this one took its layers over.
+    if searched := [curve for curve in report.get("curves", []) if curve["stage"] == SEARCH]:
+        sentences.append(
+            "The layers are those that cost the least, measured after an alignment of memories in all layers "
+            f"({searched[0]['tokens'][-1]:,} tokens), which the memories here start from."
+        )
     for stage in (recipe or {}).get("stages", []):
-        if description := _STAGES.get(stage.get("name")):
-            budget = f" ({stage['tokens']:,} tokens, learning rate {stage['lr']:g})" if stage.get("tokens") else ""
-            sentences.append(f"Stage `{stage['name']}`{budget}: {description}")
-            if target := stage.get("target"):
-                sentences.append(f"Compared was the {target}.")
-            if rank := stage.get("lora_rank"):
-                sentences.append(
-                    f"It trained adapters of rank {rank} and merged them into the weights."
-                    if stage.get("lora_merge")
-                    else f"It trained adapters of rank {rank}, which lie beside the weights and were at work in all "
-                    f'measurements: load them with `PeftModel.from_pretrained(model, "{ADAPTER_FOLDER}")`.'
-                )
-            elif stage.get("trainable") == "all":
-                sentences.append("All weights were trained in it, the teacher's too.")
+        sentences += _told(stage, name)
     if text := report.get("text"):
         sentences.append(f"Measured on {text}.")
     return " ".join(sentences)
+
+
+def _told(stage: Mapping[str, Any], name: str) -> list[str]:
+    """What a stage did, for the model called `name`; nothing of a stage that does not train."""
+    description = _distilled(stage) if stage.get("name") == "distill" else _STAGES.get(stage.get("name"))
+    if description is None:
+        return []
+    most = "at most " if stage.get("stop_below") else ""
+    budget = f" ({most}{stage['tokens']:,} tokens, learning rate {stage['lr']:g})" if stage.get("tokens") else ""
+    sentences = [f"Stage `{stage['name']}`{budget}: {description}"]
+    if target := stage.get("target"):
+        sentences.append(f"Compared was the {target}.")
+    if rank := stage.get("lora_rank"):
+        sentences.append(
+            f"It trained adapters of rank {rank} and merged them into the weights."
+            if stage.get("lora_merge")
+            else f"It trained adapters of rank {rank}, which lie beside the weights and were at work in all "
+            f'measurements: load them with `PeftModel.from_pretrained(model, "{name}", subfolder="{ADAPTER_FOLDER}")`.'
+        )
+    elif stage.get("trainable") == "all" and stage["name"] == "align":
+        sentences.append("All weights of those layers were trained in it.")
+    elif stage.get("trainable") == "all":
+        sentences.append("All weights were trained in it, the teacher's too.")
+    return sentences
+
+
+def _distilled(stage: Mapping[str, Any]) -> str:
+    aims = []
+    if stage.get("kl_weight", 1):
+        aims.append("the teacher's distribution of the next token")
+    if stage.get("ce_weight"):
+        aims.append("the next token of the text")
+    return f"the model learns {', and '.join(aims)}."
 
 
 def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,15 +45,6 @@ class Corpus:
         """Of all tokens; a resumed run must find the same ones."""
         return hashlib.sha256(self.train.tobytes() + b"|" + self.held_out.tobytes()).hexdigest()
 
-    def check_vocabulary(self, size: int) -> None:
-        """Raise a sentence if there are tokens beyond the first `size`, those that a teacher knows."""
-        highest = int(max(self.train.max(), self.held_out.max()))
-        if highest >= size:
-            raise ConversionError(
-                f"The data has token {highest}, and the teacher knows {size} tokens: its folder has the tokenizer of "
-                "another model."
-            )
-
     def held_out_blocks(self, context: int, limit: int) -> torch.Tensor:
         """At most `limit` blocks, evenly spread over the held-out text, `[N, context + 1]` int64."""
         return spread_blocks(self.held_out, context, limit)
@@ -233,6 +224,11 @@ def documents(sources: Sequence[str], recipe: Recipe) -> Iterator[tuple[str, boo
         except OSError as error:  # a folder on the way that may not be entered
             raise unreadable(source, error) from error
         if exists:
+            if path.resolve() == Path(recipe.teacher).expanduser().resolve():
+                raise ConversionError(
+                    f"The data {source!r} is the teacher's own folder, which is no text to learn from: for text that "
+                    f"it writes, give `data: {TEACHER}` where nothing has that name."
+                )
             for file in text_files(path):
                 yield file, False
         elif source == TEACHER:

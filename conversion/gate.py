@@ -28,10 +28,12 @@ FIGURES = {
 
 CACHE_TOKENS = 16 * 1024
 _SHARES = ("agreement", "gap", "gap_continued", "recall")
+# Shares of a whole: no more than all of it. A gap may be several times the teacher's loss.
+_PARTS = ("agreement", "recall")
 _OPERATORS = {"<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt}
 _UNITS = {"": 1, "%": 0.01, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _FORM = re.compile(
-    r"\s*(?P<name>\w+)(?:@(?P<tokens>\d+))?\s*(?P<operator><=|>=|<|>)\s*(?P<number>[-+.\deE]+?)\s*(?P<unit>%|[KMG]iB)?\s*"
+    r"\s*(?P<name>\w+)(?:@(?P<tokens>\d+))?\s*(?P<operator><=|>=|<|>)\s*(?P<number>[-+.\deE]+?)\s*(?P<unit>%|[A-Za-z]+)?\s*"
 )
 
 
@@ -80,6 +82,8 @@ def parse(text: str) -> Requirement:
         raise ConversionError(f"`require` {text!r}: only cache_bytes takes a length (@N).")
     if found["tokens"] and int(found["tokens"]) < 1:
         raise ConversionError(f"`require` {text!r}: a length is a whole number of at least 1.")
+    if unit not in _UNITS:
+        raise ConversionError(f"`require` {text!r}: {unit} is no unit: use %, KiB, MiB or GiB, or none.")
     if unit == "%" and name not in _SHARES or unit.endswith("iB") and name != "cache_bytes":
         raise ConversionError(
             f"`require` {text!r}: {unit} does not belong to {name}; percentages go with {', '.join(_SHARES)}, sizes "
@@ -89,6 +93,8 @@ def parse(text: str) -> Requirement:
         limit = float(found["number"]) * _UNITS[unit]
     except ValueError:
         raise ConversionError(f"`require` {text!r}: {found['number']!r} is no number.") from None
+    if name in _PARTS and not 0 <= limit <= 1:
+        raise ConversionError(f"`require` {text!r}: {name} is a share, from 0 to 1 or from 0% to 100%.")
     tokens = int(found["tokens"]) if found["tokens"] else CACHE_TOKENS
     return Requirement(text.strip(), name, found["operator"], limit, tokens)
 

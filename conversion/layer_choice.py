@@ -160,6 +160,14 @@ class CachePlan:
             "smaller memory."
         )
 
+    def check_search(self) -> None:
+        """Raise a sentence unless there is something to look for."""
+        if not self.needed():
+            raise ConversionError(
+                f"`cache_budget` {readable_size(self.budget.bytes)} at {self.budget.tokens:,} tokens is met by the "
+                f"teacher as it is, with {readable_size(self.total(()))}: ask for less, or name `layers`."
+            )
+
     def check(self, layers: Sequence[int]) -> None:
         """Raise a sentence unless these layers are enough."""
         if not self.fits(layers):

@@ -68,9 +68,10 @@ class Recipe:
     trust_remote_code: bool = option(False, "true or false", help="Run code that comes with the teacher.")
     memory: str = one_of("titans", tuple(ARCHITECTURES), "Architecture of the memories.")
     memory_options: dict = option({}, "a mapping from fields of the memory's config to values")
-    layers: str | list[int] = option(
+    layers: str | int | list[int] = option(
         "odd",
         ACCEPTS,
+        lambda value: not isinstance(value, bool),
         help='Layers to convert: "1,3,5", all, odd, even, lower (the first half), none, every:K (attention stays at '
         "every K-th), ratio:R (a share, evenly spread), auto:K (the K that cost least), auto (as many as "
         "--cache-budget needs).",
@@ -162,6 +163,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):
             self.layers = parse_layers(self.layers)
+        elif isinstance(self.layers, int):
+            self.layers = [self.layers]
         if isinstance(self.data, list) and len(self.data) == 1:
             self.data = self.data[0]
         self.require, self.controls = (
@@ -284,7 +287,8 @@ def read_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None 
         flags: Values by field name; they win over the file. `context` and `batch_size` go to the stages too. Besides
             the fields of `Recipe`: `stages` as text (`"init,align"`) chooses among the stages of the file, or takes
             them with their defaults; `scale` multiplies all budgets of the file; `tokens` and `lr` go to every chosen
-            stage that trains; `set` is a list of texts such as `"align.lr=1e-3"`.
+            stage that trains; `set` is a list of texts such as `"align.lr=1e-3"`. Another `memory` than that of the
+            file leaves the file's `memory_options` out, `layers` or `cache_budget` its `chosen_layers`.
 
     Raises:
         ConversionError: One sentence about the first thing wrong, with the file and line where it stands.
@@ -298,6 +302,7 @@ def read_recipe(path: str | Path | None = None, flags: Mapping[str, Any] | None 
     if (scale := flags.pop("scale", None)) is not None:
         _scale_budgets(values, stages, scale)
     _override_stages(stages, flags)
+    _drop_outdated(values, flags)
     for key, value in flags.items():
         if key == "memory_options" and isinstance(value, dict) and isinstance(values.get(key), dict):
             for name, option_value in value.items():
@@ -346,7 +351,7 @@ def _scale_budgets(values: dict[str, Any], stages: list[dict[str, Any]], scale: 
 
     def scaled(tokens: Any) -> Any:
         tokens = as_number(tokens, int)
-        return max(1, round(tokens * factor)) if isinstance(tokens, int) and tokens > 0 else tokens
+        return max(1, round(tokens * factor)) if type(tokens) is int and tokens > 0 else tokens
 
     for stage in stages:
         kind = STAGES.get(stage.get("name")) if isinstance(stage.get("name"), str) else None
@@ -378,6 +383,14 @@ def _override_stages(stages: list[dict[str, Any]], flags: dict[str, Any]) -> Non
             )
         for stage in matching:
             override(stage, key, value)
+
+
+def _drop_outdated(values: dict[str, Any], flags: Mapping[str, Any]) -> None:
+    """Take out of a file what belongs to a setting that flags replace."""
+    if flags.get("memory") not in (None, values.get("memory", Recipe.memory)):
+        values.pop("memory_options", None)
+    if "layers" in flags or "cache_budget" in flags:
+        values.pop("chosen_layers", None)
 
 
 def _check_memory(recipe: Recipe, given: Mapping[str, Any]) -> None:

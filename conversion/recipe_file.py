@@ -71,6 +71,8 @@ class _Reader:
 
     def __init__(self, loader: yaml.SafeLoader, name: str) -> None:
         self.loader, self.name = loader, name
+        # Nodes by id: what an anchor shares is read more than once.
+        self.seen: set[int] = set()
 
     def value(self, node: yaml.Node | None) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -79,18 +81,23 @@ class _Reader:
             return FileList(
                 [self.value(part) for part in node.value], [part.start_mark.line + 1 for part in node.value]
             )
+        if node is not None and node.tag == "tag:yaml.org,2002:bool" and node.value.lower() in ("on", "off"):
+            # A control is called so; true and false, yes and no stay what they are.
+            return node.value
         return None if node is None else self.loader.construct_object(node, deep=True)
 
     def mapping(self, node: yaml.MappingNode) -> FileMapping:
-        lines: dict[Any, int] = {}
+        lines: dict[str, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
                 # What `<<` brings in may stand here again; that is what it is for.
                 continue
             key, line = self.key(key_node), key_node.start_mark.line + 1
-            if key in lines:
+            # Flattened before, a node has the keys of `<<` in front of its own.
+            if key in lines and id(node) not in self.seen:
                 raise ConversionError(f"{self.name}, line {line}: `{key}` is given on line {lines[key]} already.")
             lines[key] = line
+        self.seen.add(id(node))
         self.loader.flatten_mapping(node)
         # Behind those of `<<` come the mapping's own keys, which win.
         values, places = {}, {}
@@ -99,7 +106,8 @@ class _Reader:
             values[key], places[key] = self.value(value_node), key_node.start_mark.line + 1
         return FileMapping(values, self.name, node.start_mark.line + 1, places)
 
-    def key(self, node: yaml.Node) -> Any:
-        if not isinstance(node, yaml.ScalarNode):
+    def key(self, node: yaml.Node) -> str:
+        key = self.loader.construct_object(node, deep=True) if isinstance(node, yaml.ScalarNode) else None
+        if not isinstance(key, str):
             raise ConversionError(f"{self.name}, line {node.start_mark.line + 1}: a key must be a word.")
-        return self.loader.construct_object(node, deep=True)
+        return key

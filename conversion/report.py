@@ -68,6 +68,7 @@ def measure(
     bytes_per_token: float | None = None,
     speed_contexts: Sequence[int] = SPEED_CONTEXTS,
     cache_contexts: Sequence[int] = (),
+    cache_dtype: torch.dtype | None = None,
     on_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """
@@ -81,6 +82,7 @@ def measure(
         bytes_per_token: of the held-out text. Default: bits per token only.
         speed_contexts: lengths behind which decoding is timed. Default: 1k and 8k; empty leaves it out.
         cache_contexts: lengths at which the cache is measured beside those of the table and the picture.
+        cache_dtype: of the keys and values that are counted. Default: that of each model as it is here.
         on_progress: called as `on_progress(done, N)` while the blocks are read.
 
     Raises:
@@ -97,7 +99,7 @@ def measure(
         measured[name] = {
             "parameters": model.num_parameters(),
             **measured[name],
-            "cache": [asdict(size) for size in cache_growth(model.config, model.dtype, contexts)],
+            "cache": [asdict(size) for size in cache_growth(model.config, cache_dtype or model.dtype, contexts)],
             "speed": [asdict(speed) for speed in speeds.get(name, [])],
         }
     return measured

@@ -141,6 +141,8 @@ class _Conversion:
         self.device = place_of(accelerator, resolve_device(recipe.device))
         self.placement = recipe.device_map
         self.dtype = _compute_dtype(recipe, self.device)
+        # Now: a model made of a configuration writes its own dtype into it.
+        self.saved_dtype = self._saved_dtype()
 
     def run(self) -> Path:
         main = self.accelerator.is_main_process
@@ -209,8 +211,6 @@ class _Conversion:
     def _check_surgery(self) -> None:
         """Surgery and stages on tensors without memory, before anything large is loaded; what the run will need."""
         check_bits(self.recipe.teacher_bits)
-        # A model made of a configuration writes its own dtype into it.
-        saved_dtype = self._saved_dtype()
         with torch.device("meta"):
             skeleton = build_without_weights(self.config, self.dtype)
             student = self._student_of(skeleton)
@@ -218,7 +218,7 @@ class _Conversion:
             if self.recipe.cache_budget is not None:
                 everywhere = self._student_of(skeleton, range(self._num_layers)).config
                 budget = parse_budget(self.recipe.cache_budget)
-                self.cache_plan = plan_cache(budget, self.config, everywhere, saved_dtype)
+                self.cache_plan = plan_cache(budget, self.config, everywhere, self.saved_dtype)
         if self.recipe.stream:
             self.placement = layers_on_disk(skeleton, self.device)
         parts = (self.recipe, skeleton, student, self.device, self.accelerator.num_processes)
@@ -229,7 +229,7 @@ class _Conversion:
         if self.cache_plan is not None and not self._searches:
             self.cache_plan.check(self._layers)
         elif self.cache_plan is not None:
-            self.cache_plan.needed()
+            self.cache_plan.check_search()
 
     @property
     def _precision(self) -> str:
@@ -287,7 +287,12 @@ class _Conversion:
             corpus = load_corpus(
                 self.recipe, tokenizer, lambda tokens, read: bar.update(read, f"{tokens:,} tokens"), tokens
             )
-        corpus.check_vocabulary(self.config.get_text_config(decoder=True).vocab_size)
+        vocabulary = self.config.get_text_config(decoder=True).vocab_size
+        if (highest := max(part.max() for part in (corpus.train, corpus.held_out))) >= vocabulary:
+            raise ConversionError(
+                f"The tokenizer beside `teacher` {self.recipe.teacher!r} gives the token {highest}, but the teacher "
+                f"knows {vocabulary} only: put the tokenizer there that it was trained with."
+            )
         return tokenizer, corpus
 
     def _sampled(self) -> SampledText:
@@ -463,7 +468,7 @@ class _Conversion:
         """Teacher, saved student and controls measured on the held-out blocks, and the peak of memory."""
         teacher = self._load_teacher(self._precision, self.device)
         stages = {LABEL: alignment(self.recipe)} | self.recipe.training_stages
-        report = self.assessment.report(teacher, self._layers, stages)
+        report = self.assessment.report(teacher, self._layers, stages, self.saved_dtype)
         used, expected = self.peak.measure(), self.expected
         report["peak"] = {"expected": expected.total, "when": expected.when, "parts": expected.parts, "used": used}
         measured = "not known" if used is None else f"{readable_size(used)} used"

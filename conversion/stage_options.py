@@ -205,13 +205,17 @@ def default_stages() -> list[Stage]:
 
 def build_stage(given: Any) -> Stage:
     """A stage from its name, or from a mapping with `name` and options."""
-    values = {"name": given} if isinstance(given, str) else given
-    if not isinstance(values, Mapping) or not isinstance(values.get("name"), str) or values["name"] not in STAGES:
-        name = plain(values.get("name") if isinstance(values, Mapping) else given)
-        line = (place(values, "name") or place(values)) if isinstance(values, Mapping) else ""
-        raise ConversionError(
-            f"{line}`stages` must be made of {', '.join(STAGES)}, got {name!r}{nearest(str(name), STAGES) or '.'}"
-        )
+    values = given if isinstance(given, Mapping) else {"name": given}
+    if not isinstance(values.get("name"), str) or values["name"] not in STAGES:
+        line = place(values, "name") or place(values)
+        if "name" in values:
+            found = plain(values["name"])
+            hint = nearest(str(found), STAGES) or "."
+        else:
+            found = plain(values)
+            kind = next((key for key in values if key in STAGES), "align")
+            hint = f": write `- name: {kind}`, and the settings of the stage below it."
+        raise ConversionError(f"{line}`stages` must be made of {', '.join(STAGES)}, got {found!r}{hint}")
     label = f"{values['name']}."
     if isinstance(values, FileMapping):
         values = FileMapping(values, values.file, values.line, values.lines)

@@ -83,8 +83,8 @@ def command() -> Callable[..., None]:
     def convert(**given: Any) -> None:
         """Convert a pretrained Transformer: memories in place of attention, then training towards the teacher.
 
-        The result is a folder with the model, its tokenizer, a report and a card; it loads like any model of
-        transformers. Nothing but --teacher, --data and --output is needed.
+        The result is a folder with the model, its tokenizer, a report and a card. It loads like other models.
+        Nothing but --teacher, --data and --output is needed.
         """
         run(given)
 

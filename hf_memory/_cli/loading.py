@@ -98,6 +98,8 @@ def _load(source: str, what: str, load: Callable[..., T], **kwargs: Any) -> T:
             raise UserError(
                 f"The model type of {source!r} is unknown to the installed transformers and to hf_memory."
             ) from error
+        if what == "tokenizer" and "instantiate the backend tokenizer" in message:
+            raise UserError(f"{source!r} holds no tokenizer that can be read.") from error
         if "trust_remote_code" in message:
             raise UserError(f"{source!r} comes with its own code: read it, then pass --trust-remote-code.") from error
         if what == "tokenizer":

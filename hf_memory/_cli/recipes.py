@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_memory.conversion.recipe import read_recipe
-from hf_memory.conversion.recipe_file import find_recipe, shipped_recipes
+from hf_memory.conversion.recipe_file import find_recipe, read_yaml, shipped_recipes
 from hf_memory.conversion.stage_options import AlignStage, DistillStage, TrainingStage
 
 
@@ -21,7 +21,10 @@ def recipes(
 ) -> None:
     """List the recipes that come with the package, or print one as YAML."""
     if name is not None:
-        typer.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+        file = find_recipe(name)
+        # For its sentences: a file that cannot be read, or that is none of ours.
+        read_yaml(file)
+        typer.echo(file.read_text(encoding="utf-8"), nl=False)
         return
     table = Table("recipe", "layers", "stages", "tokens", "source", title="Recipes", show_lines=True)
     table.columns[3].justify = "right"

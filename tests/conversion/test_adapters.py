@@ -288,3 +288,17 @@ def test_a_kill_behind_the_last_step_merges_once(source, undisturbed, tmp_path, 
     assert WorkFolder(tmp_path / "out").last_good() == "distill-000006"
     ours, expected = weights(convert(recipe)), weights(undisturbed[True])
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
+
+
+def test_every_name_that_is_given_must_be_one_of_a_linear_layer(teacher, student):
+    options = DistillStage(lora_rank=2, lora_targets=["q_proj", "up_proj", "k_prj"])
+    with pytest.raises(ConversionError, match="`lora_targets` up_proj, k_prj are no linear layers among what"):
+        make_stage(options, teacher, student)
+
+
+def test_adapters_of_no_layer_are_not_kept(source, tmp_path):
+    flags = {"layers": "none", "set": ["distill.lora_rank=2", "distill.lora_merge=false"]}
+    folder = convert(tiny_recipe(*source, tmp_path / "out", **flags))
+    assert not (folder / "adapter").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert load_adapters(model, folder) is model

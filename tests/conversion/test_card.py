@@ -86,7 +86,7 @@ def test_adapters_are_told_of(folder, config, merge):
     card, text = make(folder, config, "t", recipe={"data": "teacher", "stages": [stage]})
     assert "datasets" not in card.data.to_dict()
     assert "It trained adapters of rank 4" in text and "All weights were trained" not in text
-    assert ("load them with" in text) != merge
+    assert ('`PeftModel.from_pretrained(model, "my-hybrid", subfolder="adapter")`' in text) != merge
 
 
 @pytest.mark.parametrize("readme", ["no metadata at all\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n"])
@@ -191,3 +191,41 @@ def test_names_of_teachers(tmp_path):
     assert teacher_name(str(tmp_path / "folder") + "/") == ("folder", False)
     assert teacher_name("someone/model") == ("someone/model", True)
     assert teacher_name("/gone/away/model") == ("model", False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "said", "unsaid"),
+    [
+        (
+            {"name": "distill", "kl_weight": 1.0, "ce_weight": 0.0},
+            "learns the teacher's distribution",
+            "cross entropy",
+        ),
+        ({"name": "distill", "kl_weight": 0, "ce_weight": 1.0}, "learns the next token of the text", "distribution"),
+        (
+            {"name": "distill", "kl_weight": 0.1, "ce_weight": 1.0},
+            "learns the teacher's distribution of the next token, and the next token of the text",
+            "All weights",
+        ),
+        ({"name": "align", "target": "block", "trainable": "all"}, "All weights of those layers", "the teacher's too"),
+        ({"name": "distill", "trainable": "all"}, "All weights were trained in it, the teacher's too", "those layers"),
+        (
+            {"name": "align", "tokens": 5000, "lr": 1.0, "stop_below": 0.1},
+            "Stage `align` (at most 5,000 tokens, learning rate 1)",
+            "(5,000",
+        ),
+    ],
+)
+def test_a_stage_is_told_as_it_was(folder, config, stage, said, unsaid):
+    _, text = make(folder, config, "t", recipe={"stages": [stage]})
+    told = text.split("## How it was made")[1].split("<details>")[0]
+    assert said in told and unsaid not in told
+
+
+def test_a_search_for_layers_is_told_where_there_was_one(folder, config):
+    recipe = {"layers": "auto:2", "chosen_layers": [1, 3], "stages": []}
+    report = REPORT | {"curves": [{"stage": "auto", "run": "student", "unit": "", "tokens": [32, 64], "loss": [2, 1]}]}
+    _, text = make(folder, config, "t", recipe=recipe, report=report)
+    assert "after an alignment of memories in all layers (64 tokens), which the memories here start from" in text
+    _, text = make(folder, config, "t", recipe=recipe, report=REPORT)
+    assert "an alignment of memories in all layers" not in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,32 @@ def test_surgery_alone_needs_no_data_and_measures_nothing(teacher, tmp_path):
     written = {entry.name for entry in (tmp_path / "out").iterdir()}
     assert "README.md" in written and not written & {"report.json", "modeling_hybrid.py"}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.memory_layers == [0, 1]
+
+
+def test_a_teacher_without_a_tokenizer(teacher, text, tmp_path):
+    bare = shutil.copytree(teacher, tmp_path / "bare")
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    result = run(*flags(needed(bare, text, tmp_path / "out")))
+    assert result.exit_code == 2 and result.stderr == f"Error: {str(bare)!r} holds no tokenizer that can be read.\n"
+    result = run("--teacher", bare, "--output", tmp_path / "out", "--layers", 1, "--stages", "init", "--no-code")
+    assert result.exit_code == 0, result.output
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+
+
+def test_a_tokenizer_that_knows_more_than_its_teacher(text, tmp_path):
+    small = save_teacher(tmp_path / "small", vocab_size=64)
+    result = run(*flags(needed(small, text, tmp_path / "out")))
+    assert result.exit_code == 2 and ", but the teacher knows 64 only: put" in result.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["small"]
+
+
+def test_the_teachers_own_folder_is_no_text(teacher, tmp_path, monkeypatch):
+    """`--teacher teacher --data teacher` would read its configuration as text, where sampling is meant."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher, "teacher")
+    result = run(*flags(needed("teacher", "teacher", "out")))
+    assert result.exit_code == 2 and "is the teacher's own folder, which is no text to learn from" in result.stderr
 
 
 def test_print_recipe_prints_what_read_recipe_reads(teacher, text, tmp_path):

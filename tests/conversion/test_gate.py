@@ -61,6 +61,11 @@ def test_a_requirement_is_read(text, name, operator, limit):
         ("kl@100<1", "only cache_bytes takes a length"),
         ("cache_bytes@0<1", "at least 1"),
         ("kl<nan", "takes NAME OPERATOR VALUE"),
+        ("cache_bytes<64MB", "MB is no unit: use %, KiB, MiB or GiB"),
+        ("kl<5e", "e is no unit"),
+        ("agreement>90", "'agreement>90': agreement is a share, from 0 to 1 or from 0% to 100%."),
+        ("agreement>101%", "from 0% to 100%"),
+        ("recall<-0.1", "recall is a share"),
     ],
 )
 def test_a_wrong_requirement_is_one_sentence(text, sentence):
@@ -155,3 +160,22 @@ def test_recall_cannot_be_required_of_blocks_that_are_too_short(teacher, text, t
     with pytest.raises(ConversionError, match=f"blocks of {CONTEXT} tokens are too short to hide a line in"):
         convert(tiny_recipe(teacher, text, tmp_path / "out", require="recall>0.1"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_caches_are_those_of_the_saved_model(tmp_path):
+    """Keys and values of a model in bfloat16 take half as much as those that it is measured with on a CPU."""
+    import torch
+    from transformers import AutoConfig
+
+    from hf_memory._cli.state_size import layer_states
+    from hf_memory.conversion.run import convert, read_report
+
+    teacher = save_teacher(tmp_path / "teacher", torch.bfloat16)
+    recipe = tiny_recipe(teacher, save_text(tmp_path / "text.txt"), tmp_path / "out", stages="init", recall_samples=0)
+    folder = convert(recipe)
+    report = read_report(folder)
+    for name, config in (("teacher", teacher), ("student", folder)):
+        states = layer_states(AutoConfig.from_pretrained(config), torch.bfloat16)
+        found = {size["tokens"]: size["kv_bytes"] + size["memory_bytes"] for size in report["models"][name]["cache"]}
+        assert found[1024] == sum(state.after(1024) for state in states)
+    assert report["environment"]["dtype"] == "float32"

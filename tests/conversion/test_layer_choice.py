@@ -105,6 +105,10 @@ def test_a_budget_counts_keys_in_the_dtype_of_the_saved_model(tmp_path):
     [
         ({"layers": None, "cache_budget": "1KiB@2048"}, "cannot be met: with all 3 layers converted"),
         ({"layers": "1", "cache_budget": "4KiB@2048"}, "cannot be met"),
+        (
+            {"layers": None, "cache_budget": "1MiB@2048"},
+            "is met by the teacher as it is, with 768.0 KiB",
+        ),
         ({"layers": "1", "cache_budget": "150KiB@2048"}, "is not met by converting the layers 1: "),
         ({"layers": "auto:4"}, "`layers` 'auto:4' is more than the 3 layers of the teacher."),
     ],

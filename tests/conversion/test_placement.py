@@ -147,17 +147,12 @@ def without_tokenizer(folder):
         file.unlink()
 
 
-def of_few_tokens(folder):
-    save_teacher(folder, vocab_size=60)
-
-
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (half_of_the_weights, "holds no model that can be read: Error while deserializing"),
         (in_few_bits, "needs a package that is not installed: .*GPTQ"),
         (without_tokenizer, "holds no tokenizer that can be read"),
-        (of_few_tokens, "The data has token [0-9]+, and the teacher knows 60 tokens: .* tokenizer of another model"),
     ],
 )
 def test_what_is_wrong_with_a_teacher_is_one_sentence(teacher, text, tmp_path, damage, sentence):

@@ -318,3 +318,54 @@ def test_sizes_of_blocks_as_flags_hold_for_all_stages(tmp_path):
 def test_a_cache_budget_alone_lets_auto_choose(tmp_path):
     assert read_recipe(flags=NEEDED | {"cache_budget": "1MiB@64"}).layers == "auto"
     assert from_yaml(tmp_path, "cache_budget: 1MiB@64\nlayers: [1]").layers == [1]
+
+
+def test_layers_as_flags_take_the_place_of_those_that_a_search_found(tmp_path):
+    """The recipe beside a converted model has both; a flag that asks for other layers must not be lost on it."""
+    text = "layers: auto:2\nchosen_layers: [2, 3]\n"
+    assert from_yaml(tmp_path, text).chosen_layers == [2, 3]
+    for flags in ({"layers": "auto:3"}, {"layers": "odd"}, {"layers": "auto", "cache_budget": "1MiB@64"}):
+        recipe = from_yaml(tmp_path, text, **flags)
+        assert (recipe.layers, recipe.chosen_layers) == (flags["layers"], None)
+    text = "layers: auto\ncache_budget: 2MiB@64\nchosen_layers: [2, 3]\n"
+    assert from_yaml(tmp_path, text, cache_budget="1MiB@64").chosen_layers is None
+
+
+def test_another_memory_as_a_flag_leaves_the_options_of_the_file_out(tmp_path):
+    text = "memory: titans\nmemory_options: {memory_depth: 1}\n"
+    recipe = from_yaml(tmp_path, text, memory="lattice", memory_options={"chunk_size": 8})
+    assert (recipe.memory, recipe.memory_options) == ("lattice", {"chunk_size": 8})
+    assert from_yaml(tmp_path, text, memory="titans").memory_options == {"memory_depth": 1}
+    assert from_yaml(tmp_path, "memory_options: {memory_depth: 1}", memory="titans").memory_options
+    assert read_recipe("radlads", NEEDED | {"memory": "trellis"}).memory_options == {}
+
+
+def test_one_layer_may_be_given_as_a_number(tmp_path):
+    assert from_yaml(tmp_path, "layers: 3").layers == [3]
+
+
+@pytest.mark.parametrize("text", ["controls: off", "controls: [off]"])
+def test_off_is_a_word(tmp_path, text):
+    """YAML reads a bare `off` as false."""
+    assert from_yaml(tmp_path, text).controls == ["off"]
+
+
+@pytest.mark.parametrize("key", ["1", "yes", "~", "2024-01-01"])
+def test_a_key_that_is_no_word_has_its_line_too(tmp_path, key):
+    with pytest.raises(ConversionError, match=r"recipe.yaml, line 2: (Unknown key|a key must be a word)"):
+        from_yaml(tmp_path, f"seed: 1\n{key}: 2\n")
+
+
+def test_what_yaml_shares_may_be_shared_again(tmp_path):
+    text = "stages: [init, &one {name: align, tokens: 7}, &two {<<: *one, tokens: 9}, *two, {<<: *two, lr: 1}]"
+    assert [stage.tokens for stage in from_yaml(tmp_path, text).training_stages.values()] == [7, 9, 9, 9]
+
+
+def test_a_stage_without_its_name_is_told_the_form(tmp_path):
+    with pytest.raises(ConversionError, match=r"line 3: .* got \{'align': \{'tokens': 5\}\}: write `- name: align`"):
+        from_yaml(tmp_path, "stages:\n- init\n- align:\n    tokens: 5\n")
+
+
+def test_a_budget_that_is_no_number_is_not_scaled(tmp_path):
+    with pytest.raises(ConversionError, match="`align.tokens` must be a whole number of at least 1, got True"):
+        from_yaml(tmp_path, "stages: [init, {name: align, tokens: true}]", scale="0.5")

@@ -82,6 +82,8 @@ def test_the_command_lists_and_prints_them():
     assert printed.stdout == find_recipe("mohawk").read_text(encoding="utf-8")
     wrong = CliRunner().invoke(app, ["recipes", "mohack"])
     assert wrong.exit_code == 2 and "did you mean `mohawk`?" in wrong.stderr
+    wrong = CliRunner().invoke(app, ["recipes", "nowhere.yaml"])
+    assert wrong.stderr == "Error: The recipe 'nowhere.yaml' cannot be read: No such file or directory.\n"
 
 
 @pytest.mark.parametrize(
