@@ -14,8 +14,8 @@ import torch
 
 from hf_memory._cli.loading import load_model
 from hf_memory.conversion.adapters import load_adapters
-from hf_memory.conversion.checkpoints import PARTIAL, WorkFolder
-from hf_memory.conversion.controls import CONTINUED, OFF, STUDENT, TEACHER, Chain, MemoryOff
+from hf_memory.conversion.checkpoints import WorkFolder, read_whole, write_whole
+from hf_memory.conversion.controls import CONTINUED, OFF, STUDENT, TEACHER, Chain, MemoryOff, control_options
 from hf_memory.conversion.data import Batches, Corpus, bytes_per_token
 from hf_memory.conversion.evaluate import SPEED_CONTEXTS, evaluate_pair
 from hf_memory.conversion.gate import check, parse
@@ -25,7 +25,7 @@ from hf_memory.conversion.progress import Voice
 from hf_memory.conversion.recipe import Recipe
 from hf_memory.conversion.report import environment, measure
 from hf_memory.conversion.schema import ConversionError
-from hf_memory.conversion.stage_options import DistillStage, TrainingStage
+from hf_memory.conversion.stage_options import TrainingStage
 from hf_memory.conversion.stages import make_stage
 from hf_memory.conversion.training import Run, fingerprint, last_checkpoint, load_tensors, seed_of, train_stage
 
@@ -98,10 +98,8 @@ class Assessment:
             for name, quality in found.items()
         }
         stages.append({"stage": label, "blocks": len(blocks)} | parts)
-        beside = self._stages_file.with_name(self._stages_file.name + PARTIAL)
         try:
-            beside.write_text(json.dumps(stages, indent=2) + "\n", encoding="utf-8")
-            beside.replace(self._stages_file)
+            write_whole(self._stages_file, json.dumps(stages, indent=2) + "\n")
         except OSError as error:
             raise self.work.unwritable(error) from error
         own, its = found["student"].whole, found["teacher"].whole
@@ -121,15 +119,11 @@ class Assessment:
         `evaluate.Quality`.
         """
         file = self._stages_file
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+        return read_whole(file, json.loads) if file.exists() else []
 
     @property
     def _control_work(self) -> WorkFolder:
         return WorkFolder(self.work.path / CONTROL, holds=self.accelerator.is_main_process)
-
-    @property
-    def _control_options(self) -> DistillStage:
-        return DistillStage(lr=self.recipe.continued_lr, trainable="all", kl_weight=0, ce_weight=1)
 
     def train_control(self, teacher: PreTrainedModel) -> None:
         """Train the teacher on with cross entropy, on the blocks of all stages in their order.
@@ -162,10 +156,11 @@ class Assessment:
                     "The teacher or the data is not what the control was trained with: put it back to continue, or "
                     "pass --restart (restart=True) to begin anew."
                 )
-            stage = make_stage(self._control_options, teacher, teacher.requires_grad_(True), seed_of(*seeds))
+            options = control_options(recipe)
+            stage = make_stage(options, teacher, teacher.requires_grad_(True), seed_of(*seeds))
             run = Run(work, recipe.checkpoint_seconds, self.voice, self.accelerator, teacher, [CONTROL], identity)
             self.voice.say(f"A control: the teacher trained on, {len(chain):,} steps on the same blocks")
-            with tracked(self.accelerator, f"{self.work.output.name}-{CONTROL}", asdict(self._control_options)):
+            with tracked(self.accelerator, f"{self.work.output.name}-{CONTROL}", asdict(options)):
                 train_stage(run, CONTROL, stage, chain, len(chain), done)
 
     def report(
@@ -193,7 +188,7 @@ class Assessment:
             controls["off"], models[OFF] = OFF, MemoryOff(models[STUDENT])
         if "continued" in recipe.controls and recipe.training_stages:
             controls["continued"], models[CONTINUED] = CONTINUED, self._load_control(precision)
-            logged += curves(self._control_work.log().read(), {CONTROL: self._control_options}, CONTINUED)
+            logged += curves(self._control_work.log().read(), {CONTROL: control_options(recipe)}, CONTINUED)
         required = [parse(text) for text in recipe.require]
         with self.voice.progress("evaluating, in blocks", len(blocks)) as bar:
             measured = measure(

@@ -17,9 +17,10 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
@@ -29,6 +30,8 @@ from torch import Tensor
 
 from hf_memory.conversion.recipe import ConversionError, Recipe
 
+
+T = TypeVar("T")
 
 PARTIAL = ".partial"
 NAME = re.compile(r"(?P<stage>[a-z_]+\d*)-(?P<step>\d+)")
@@ -147,7 +150,10 @@ class WorkFolder:
     def claim(self, recipe: Recipe) -> None:
         """Write the recipe down; from here on the folder outlives an error."""
         if self.holds:
-            self._write_text(self.path / "recipe.yaml", recipe.to_yaml())
+            try:
+                write_whole(self.path / "recipe.yaml", recipe.to_yaml())
+            except OSError as error:
+                raise self.unwritable(error) from error
 
     def compare(self, recipe: Recipe) -> None:
         """Check that what lies here, if anything, was made by the same recipe.
@@ -158,7 +164,7 @@ class WorkFolder:
         file = self.path / "recipe.yaml"
         if not file.exists():
             return
-        before, now = yaml.safe_load(file.read_text(encoding="utf-8")), recipe.to_dict()
+        before, now = read_whole(file, lambda text: dict(yaml.safe_load(text))), recipe.to_dict()
         for name in Recipe.WITHOUT_EFFECT:
             before.pop(name, None), now.pop(name, None)
         if difference := first_difference(before, now):
@@ -184,16 +190,17 @@ class WorkFolder:
         if not found:
             return None
         *older, (index, step, folder) = sorted(found)
-        for *_, entry in older if self.holds else ():
-            shutil.rmtree(entry, ignore_errors=True)
         try:
             numbers = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            return Checkpoint(stages[index], step, numbers, load_file(folder / "tensors.safetensors"))
+            checkpoint = Checkpoint(stages[index], step, numbers, load_file(folder / "tensors.safetensors"))
         except (OSError, ValueError, SafetensorError) as error:
             raise ConversionError(
                 f"The checkpoint {str(folder)!r} cannot be read ({' '.join(str(error).split())}): put it back, or "
                 "pass --restart (restart=True) to begin anew."
             ) from error
+        for *_, entry in older if self.holds else ():
+            shutil.rmtree(entry, ignore_errors=True)
+        return checkpoint
 
     def save(self, checkpoint: Checkpoint) -> Path:
         """Write a checkpoint, and remove the others once it is complete.
@@ -254,14 +261,6 @@ class WorkFolder:
     def log(self) -> "Log":
         return Log(self.path / "log.jsonl")
 
-    def _write_text(self, file: Path, text: str) -> None:
-        beside = file.with_name(file.name + PARTIAL)
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(file)
-        except OSError as error:
-            raise self.unwritable(error) from error
-
 
 class Log:
     """One JSON object per line and step."""
@@ -274,7 +273,7 @@ class Log:
         if not self.path.exists():
             return []
         lines = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 lines.append(json.loads(line))
             except json.JSONDecodeError:
@@ -285,9 +284,7 @@ class Log:
         """Drop what comes after a checkpoint: it is about to be done, and written, again."""
         reached = (-1, 0) if done is None else (stages.index(done.stage), done.step)
         kept = [line for line in self.read() if (stages.index(line["stage"]), line["step"]) <= reached]
-        beside = self.path.with_name(self.path.name + PARTIAL)
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        beside.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def add(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -303,6 +300,29 @@ def first_difference(before: Any, now: Any, name: str = "") -> tuple[str, Any, A
     else:
         return None if before == now else (name, before, now)
     return next((found for key, old, new in pairs if (found := first_difference(old, new, key))), None)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text under another name, and rename it when it is on disk: a reader finds all of the old or the new."""
+    beside = file.with_name(file.name + PARTIAL)
+    beside.write_text(text, encoding="utf-8")
+    _flush(beside)
+    beside.replace(file)
+
+
+def read_whole(file: Path, parse: Callable[[str], T]) -> T:
+    """What `write_whole` wrote, parsed.
+
+    Raises:
+        ConversionError: It cannot be read or parsed.
+    """
+    try:
+        return parse(file.read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ConversionError(
+            f"The file {str(file)!r} cannot be read ({' '.join(str(error).split())}): put it back, or pass --restart "
+            "(restart=True) to begin anew."
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_memory.conversion.data import Batches
+from hf_memory.conversion.recipe import Recipe
+from hf_memory.conversion.stage_options import DistillStage
 from hf_memory.kernels import Gates
 from hf_memory.layers import MemoryGates
 
@@ -57,6 +59,12 @@ class MemoryOff:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with memory_off(self.model):
             return self.model(*args, **kwargs)
+
+
+def control_options(recipe: Recipe) -> DistillStage:
+    """How the teacher is trained on: with cross entropy, in parts as small as the smallest of the stages."""
+    accumulate = max(stage.accumulate for stage in recipe.training_stages.values())
+    return DistillStage(lr=recipe.continued_lr, trainable="all", kl_weight=0, ce_weight=1, accumulate=accumulate)
 
 
 class Chain:

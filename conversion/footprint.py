@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_memory._cli.state_size import readable_size
+from hf_memory.conversion.controls import control_options
 from hf_memory.conversion.stage_options import AlignStage, TrainingStage
 from hf_memory.conversion.surgery import decoder_layers, memory_parameters, new_parameters
 
@@ -99,6 +100,22 @@ def stage_footprint(
     )
 
 
+def control_footprint(teacher: PreTrainedModel, student: PreTrainedModel, tokens: int) -> Footprint:
+    """What the teacher takes that is trained on as a control, alone and whole; arguments as of `stage_footprint`."""
+    count = sum(value.numel() for value in teacher.parameters())
+    config = student.config
+    floats = config.num_hidden_layers * passed_through(config, True) + LOGITS_KEPT * config.vocab_size
+    return Footprint(
+        "the control",
+        {
+            "teacher": weights(teacher) + sum(p.numel() * (MASTER - p.element_size()) for p in teacher.parameters()),
+            "gradients": GRADIENT * count,
+            "moments of Adam": ADAM * count,
+            "activations": floats * tokens * max(2, teacher.dtype.itemsize),
+        },
+    )
+
+
 def waiting(teacher: PreTrainedModel) -> int:
     """Bytes of all decoder layers but the largest."""
     sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in decoder_layers(teacher)]
@@ -124,8 +141,13 @@ def activations(student: PreTrainedModel, options: TrainingStage) -> int:
     others = (
         config.num_hidden_layers - len(layers) if trains_all else config.num_hidden_layers - layers[0] - len(layers)
     )
-    kept = 15 * width + 6 * inner if trains_all else 5 * width + 2 * inner
-    return total + max(0, others) * kept + LOGITS_KEPT * config.vocab_size
+    return total + max(0, others) * passed_through(config, trains_all) + LOGITS_KEPT * config.vocab_size
+
+
+def passed_through(config: PreTrainedConfig, trained: bool) -> int:
+    """Numbers kept per token of a layer without a memory, `trained` or not."""
+    width, inner = config.hidden_size, feed_forward(config)
+    return 15 * width + 6 * inner if trained else 5 * width + 2 * inner
 
 
 def feed_forward(config: PreTrainedConfig) -> int:
@@ -164,6 +186,13 @@ def expected_peak(
         tokens = rows * recipe.context_of(options)
         where = (teacher, student, tokens, recipe.teacher_bits, recipe.stream)
         found.append(stage_footprint(label, options, *where))
+    if "continued" in recipe.controls and recipe.training_stages:
+        parts = control_options(recipe).accumulate * processes
+        stages = recipe.training_stages.values()
+        most_tokens = max(
+            math.ceil(recipe.batch_size_of(stage) / parts) * recipe.context_of(stage) for stage in stages
+        )
+        found.append(control_footprint(teacher, student, most_tokens))
     most = max(found, key=lambda footprint: footprint.total)
     return Footprint(most.when, most.parts | {"libraries": LIBRARIES if device.type == "cpu" else 0})
 

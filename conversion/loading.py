@@ -68,12 +68,18 @@ def load_teacher(
 
         settings["quantization_config"] = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     try:
-        return load_model(source, str(device), dtype, *origin, **settings).requires_grad_(False)
-    except (ValueError, RuntimeError, ImportError) as error:
+        model = load_model(source, str(device), dtype, *origin, **settings).requires_grad_(False)
+    except (ValueError, RuntimeError) as error:
         raise ConversionError(
             f"The teacher cannot be placed as `device_map` {device_map!r} and `teacher_bits` {bits!r} say: "
             f"{' '.join(str(error).split())}"
         ) from error
+    if model.device.type == "meta":
+        raise ConversionError(
+            "`device_map` leaves the teacher's embedding on disk: place it on a device, and only layers on disk, or "
+            "set `stream`, which does that."
+        )
+    return model
 
 
 @contextmanager

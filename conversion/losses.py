@@ -85,11 +85,6 @@ def cross_entropy(given: Tensor, targets: Tensor, valid: Tensor | None = None) -
     return _token_mean(by_token.view_as(targets), valid)
 
 
-def soft_cross_entropy(given: Tensor, expected: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Cross entropy of the student's distribution under the teacher's: `logit_kl` plus the teacher's own entropy."""
-    return _token_mean(-(_precise(expected).softmax(-1) * _log_softmax(given, 1.0)).sum(-1), valid)
-
-
 def _precise(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

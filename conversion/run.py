@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -58,6 +59,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# A full disk, a quota, and a limit on the size of files.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def convert(recipe: Recipe, *, restart: bool = False) -> Path:
     """
     Convert a teacher as a recipe says, or continue where an earlier call was cut off.
@@ -109,6 +114,11 @@ def convert(recipe: Recipe, *, restart: bool = False) -> Path:
     except StrictDataclassError as error:
         # A field of the memory's configuration; the cause has the sentence.
         raise ConversionError(f"A memory cannot be built like this: {error.__cause__ or error}") from error
+    except OSError as error:
+        # What is read has sentences of its own; that there is no room shows wherever something is written.
+        if error.errno in NO_ROOM:
+            raise work.unwritable(error) from error
+        raise
     except RuntimeError as error:
         if lost_another(error):
             good = work.last_good() or "none yet"
@@ -258,15 +268,18 @@ class _Conversion:
 
     def _student_of(self, teacher: PreTrainedModel, layers: Sequence[int] | None = None) -> PreTrainedModel:
         recipe = self.recipe
-        return build_student(
-            teacher,
-            layers=self._layers if layers is None else layers,
-            memory=recipe.memory,
-            memory_options=recipe.memory_options,
-            mode=recipe.mode,
-            window=recipe.window,
-            seed=recipe.seed,
-        )
+        try:
+            return build_student(
+                teacher,
+                layers=self._layers if layers is None else layers,
+                memory=recipe.memory,
+                memory_options=recipe.memory_options,
+                mode=recipe.mode,
+                window=recipe.window,
+                seed=recipe.seed,
+            )
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
 
     def _text(self) -> tuple[PreTrainedTokenizerBase | None, Corpus | None]:
         if self.recipe.data is None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_memory.conversion.stages import logit_kl
+from hf_memory.conversion.checkpoints import read_whole, write_whole
+from hf_memory.conversion.losses import logit_kl
 from hf_memory.conversion.surgery import decoder_layers
 
 
@@ -130,16 +131,14 @@ def write_choices(choices: Sequence[Choice], file: Path, tokens: int) -> None:
         "layers": sorted(choice.layer for choice in choices),
         "steps": steps,
     }
-    beside = file.with_name(file.name + ".partial")
-    beside.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    beside.replace(file)
+    write_whole(file, json.dumps(document, indent=2) + "\n")
 
 
 def read_choices(file: Path) -> list[Choice]:
     """What `write_choices` wrote; nothing where there is no file."""
     if not file.exists():
         return []
-    steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
+    steps = read_whole(file, json.loads)["steps"]
     return [Choice({int(layer): cost for layer, cost in step["costs"].items()}, step["layer"]) for step in steps]
 
 

@@ -80,11 +80,16 @@ def _origin(trust_remote_code: bool, revision: str | None) -> dict[str, Any]:
 
 
 def _load(source: str, what: str, load: Callable[..., T], **kwargs: Any) -> T:
+    from safetensors import SafetensorError
+
     _check_path(source)
     try:
         return load(source, **kwargs)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(_missing(source, what, str(error))) from error
+    except ImportError as error:
+        message = " ".join(str(error).split())
+        raise UserError(f"{source!r} needs a package that is not installed: {message}") from error
     except ValueError as error:
         message = " ".join(str(error).split())
         if "Unrecognized configuration class" in message:
@@ -97,6 +102,8 @@ def _load(source: str, what: str, load: Callable[..., T], **kwargs: Any) -> T:
             raise UserError(f"{source!r} holds no tokenizer that can be read.") from error
         if "trust_remote_code" in message:
             raise UserError(f"{source!r} comes with its own code: read it, then pass --trust-remote-code.") from error
+        if what == "tokenizer":
+            raise UserError(_missing(source, what, message)) from error
         raise
 
 

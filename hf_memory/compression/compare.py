@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from hf_memory.compression.cache import CompressedCache
@@ -38,7 +38,7 @@ class Comparison:
 
 @torch.no_grad()
 def compare_with_full(model: PreTrainedModel, ids: Tensor, cache: CompressedCache, tail: int) -> Comparison:
-    """Read a text with a compressed cache and with a `DynamicCache`: all but its tail in one call, the tail in steps.
+    """Read a text with a compressed cache and with the model's own: all but its tail in one call, the tail in steps.
 
     Args:
         model: a causal language model.
@@ -51,7 +51,7 @@ def compare_with_full(model: PreTrainedModel, ids: Tensor, cache: CompressedCach
     """
     if not 1 <= tail < ids.shape[1]:
         raise ValueError(f"A text of {ids.shape[1]} tokens has 1 to {ids.shape[1] - 1} to compare at, not {tail}.")
-    full, full_seconds = _read(model, ids, DynamicCache(config=model.config), tail)
+    full, full_seconds = _read(model, ids, None, tail)
     own, seconds = _read(model, ids, cache, tail)
     targets = ids[:, -tail:].flatten()
     return Comparison(
@@ -65,15 +65,17 @@ def compare_with_full(model: PreTrainedModel, ids: Tensor, cache: CompressedCach
     )
 
 
-def _read(model: PreTrainedModel, ids: Tensor, cache: Cache, tail: int) -> tuple[Tensor, float]:
+def _read(model: PreTrainedModel, ids: Tensor, cache: Cache | None, tail: int) -> tuple[Tensor, float]:
     """Log probabilities `[B tail, vocabulary]` float32 of the last tokens, and seconds per step."""
     begin = ids.shape[1] - 1 - tail
     if begin:
-        model.base_model(input_ids=ids[:, :begin], past_key_values=cache, use_cache=True)
+        cache = model.base_model(input_ids=ids[:, :begin], past_key_values=cache, use_cache=True).past_key_values
     logits = []
     start = time.perf_counter()
     for token in ids[:, begin:-1].split(1, dim=1):
-        logits.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
     # `item` waits for a GPU.
     logits[-1].sum().item()
     seconds = (time.perf_counter() - start) / tail

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from hf_memory import PolarQuantCache, SubGenCache
 from hf_memory.cli import app
 from hf_memory.compression.compare import compare_with_full
+from hf_memory.conversion.surgery import build_student
 from hf_memory.evaluation.properties_generation import byte_tokenizer
 from hf_memory.evaluation.properties_tiny import random_model, tiny_config
 
@@ -117,6 +118,15 @@ def test_comparison_is_what_it_says(tail):
     roomy = compare_with_full(model, ids, PolarQuantCache(model.config, window=100), tail)
     assert roomy.kl == pytest.approx(0, abs=1e-5) and roomy.agreement == 1
     assert not math.isclose(compared.bits, compared.full_bits, rel_tol=1e-6) or tail == 1
+
+
+def test_comparison_of_a_model_with_a_cache_of_its_own():
+    """A hybrid: its memories stay, and nothing differs where the rest has room."""
+    model = build_student(tiny_llama(), layers=[1], memory_options={"chunk_size": 4}).eval()
+    ids = torch.randint(3, 64, (1, 30))
+    for tail in (9, 29):
+        compared = compare_with_full(model, ids, PolarQuantCache(model.config, window=100), tail)
+        assert compared.kl == pytest.approx(0, abs=1e-5) and compared.agreement == 1
 
 
 def test_comparison_refuses_a_tail_that_is_not_there():

@@ -1,6 +1,7 @@
 """Teachers spread over devices, streamed from disk or in few bits, and the memory that a conversion takes."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hf_memory.conversion.recipe import ConversionError, read_recipe
 from hf_memory.conversion.run import convert
 from hf_memory.conversion.surgery import build_student, decoder_layers, memory_parameters
 from hf_memory.conversion.training import fingerprint
+from hf_memory.evaluation.properties_tiny import tiny_config
 
 
 CPU = torch.device("cpu")
@@ -95,6 +97,22 @@ def test_a_stage_needs_less_with_a_streamed_teacher(teacher, text, tmp_path):
     assert waiting(skeleton) == 2 * sum(4 * value.numel() for value in decoder_layers(skeleton)[0].parameters())
 
 
+def test_the_control_counts(teacher, text, tmp_path):
+    """It trains all of the teacher, where the stages train a memory; in parts no larger than those of a stage."""
+    skeleton = skeleton_of(teacher)
+    with torch.device("meta"):
+        student = build_student(skeleton, layers=[1], memory_options={"memory_depth": 1})
+    count, expected = sum(value.numel() for value in skeleton.parameters()), {}
+    for accumulate in (1, 2):
+        flags = {"controls": ["continued"], "set": [f"distill.accumulate={accumulate}"], "batch_size": 8}
+        expected[accumulate] = expected_peak(
+            tiny_recipe(teacher, text, tmp_path / "out", **flags), skeleton, student, CPU
+        )
+        assert expected[accumulate].when == "the control"
+        assert expected[accumulate].parts["moments of Adam"] == 8 * count
+    assert expected[1].parts["activations"] == 2 * expected[2].parts["activations"]
+
+
 def test_few_bits_count_and_need_their_package(teacher, text, tmp_path, monkeypatch):
     skeleton = skeleton_of(teacher)
     linear = sum(p.numel() for name, p in skeleton.named_parameters() if "proj" in name)
@@ -107,6 +125,44 @@ def test_few_bits_count_and_need_their_package(teacher, text, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_teacher_that_cannot_be_one_is_refused_before_it_is_loaded(tmp_path):
+    tiny_config("falcon").save_pretrained(tmp_path / "falcon")
+    with pytest.raises(ConversionError, match="FalconForCausalLM cannot be converted: its attention does not go"):
+        convert(tiny_recipe(tmp_path / "falcon", None, tmp_path / "out", stages="init", tokens=None))
+
+
+def half_of_the_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def in_few_bits(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (half_of_the_weights, "holds no model that can be read: Error while deserializing"),
+        (in_few_bits, "needs a package that is not installed: .*GPTQ"),
+        (without_tokenizer, "holds no tokenizer that can be read"),
+    ],
+)
+def test_what_is_wrong_with_a_teacher_is_one_sentence(teacher, text, tmp_path, damage, sentence):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    damage(tmp_path / "teacher")
+    with pytest.raises(ConversionError, match=sentence) as caught:
+        convert(tiny_recipe(tmp_path / "teacher", text, tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+
+
 def test_placements_that_do_not_fit_are_one_sentence(teacher, text, tmp_path):
     with pytest.raises(ConversionError, match="`stream` and `device_map` both say"):
         tiny_recipe(teacher, text, tmp_path / "out", stream=True, device_map="auto")
@@ -116,6 +172,8 @@ def test_placements_that_do_not_fit_are_one_sentence(teacher, text, tmp_path):
         tiny_recipe(teacher, text, tmp_path / "out", teacher_bits=3)
     with pytest.raises(ConversionError, match="cannot be placed as `device_map`.*"):
         convert(tiny_recipe(teacher, text, tmp_path / "out", device_map={"": "abacus"}))
+    with pytest.raises(ConversionError, match="`device_map` leaves the teacher's embedding on disk: place it on"):
+        convert(tiny_recipe(teacher, text, tmp_path / "all", device_map={"": "disk"}))
 
 
 def test_a_streamed_teacher_gives_the_same_student(teacher):

@@ -1,5 +1,6 @@
 """A conversion that was cut off anywhere ends in the weights of one that was not."""
 
+import errno
 import json
 import os
 import resource
@@ -190,6 +191,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(teacher, text, undisturbe
     assert_same(convert(recipe), undisturbed)
 
 
+def test_a_full_disk_is_one_sentence_wherever_it_shows(teacher, text, tmp_path, monkeypatch):
+    recipe = tiny_recipe(teacher, text, tmp_path / "out", layers="auto:1", auto_tokens=2 * 2 * CONTEXT, **OFTEN)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hf_memory.conversion.auto_layers.write_choices", full)
+    with pytest.raises(ConversionError, match="cannot be written .*; the last complete checkpoint, auto-000002, is"):
+        convert(recipe)
+
+
 def test_a_loss_that_is_not_finite_names_stage_step_and_checkpoint(teacher, text, tmp_path, monkeypatch):
     recipe = tiny_recipe(teacher, text, tmp_path / "out", **OFTEN)
     from hf_memory.conversion.stages import Distill
@@ -270,6 +282,33 @@ def test_checkpoints_are_complete_or_not_there(tmp_path):
         assert (found.stage, found.step, found.numbers) == ("distill", 2, {"step": 2})
         assert torch.equal(found.tensors["weight.a"], torch.arange(3.0))
         assert [entry.name for entry in work.checkpoints.iterdir()] == ["distill-000002"]
+
+
+def test_a_checkpoint_that_cannot_be_read_takes_no_other_with_it(tmp_path):
+    with WorkFolder(tmp_path / "out") as work:
+        (work.path / "recipe.yaml").touch()
+        work.save(Checkpoint("align", 2, {}, {"weight.a": torch.arange(3.0)}))
+        (work.checkpoints / "align-000003").mkdir()
+        with pytest.raises(ConversionError, match="align-000003' cannot be read .*: put it back, or pass --restart"):
+            work.latest(["align"])
+        (work.checkpoints / "align-000003").rmdir()
+        assert work.latest(["align"]).step == 2
+
+
+def test_a_damaged_file_is_one_sentence(teacher, text, tmp_path, monkeypatch):
+    recipe = tiny_recipe(teacher, text, tmp_path / "out", layers="auto:1", auto_tokens=2 * CONTEXT, **OFTEN)
+    stop_at(monkeypatch, "distill", 2, RuntimeError("power cut"))
+    with pytest.raises(RuntimeError):
+        convert(recipe)
+    for name in ("recipe.yaml", "stages.json", "sensitivity.json"):
+        file = tmp_path / "out.converting" / name
+        whole = file.read_bytes()
+        # A disk that lost its power may have a name, and nothing under it.
+        file.write_bytes(b"")
+        with pytest.raises(ConversionError, match=f"{name}' cannot be read .*: put it back, or pass --restart"):
+            convert(recipe)
+        file.write_bytes(whole)
+    convert(recipe)
 
 
 def test_differences_are_named_by_their_place():
