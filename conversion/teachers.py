@@ -4,6 +4,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_memory.conversion.schema import ConversionError
 from hf_memory.models.hybrid.modeling_hybrid import decoder_layers, find_attention
 
 
@@ -45,11 +46,11 @@ def refuse_unsupported(teacher: PreTrainedModel) -> None:
     """Nothing for a model that hybrids can be built from.
 
     Raises:
-        ValueError: one sentence with the reason, for every other.
+        ConversionError: one sentence with the reason, for every other.
     """
     reason = model_reason(teacher)
     if reason is not None:
-        raise ValueError(f"{type(teacher).__name__} cannot be converted: {reason}.")
+        raise ConversionError(f"{type(teacher).__name__} cannot be converted: {reason}.")
 
 
 def config_reason(config: PreTrainedConfig) -> str | None:

@@ -133,8 +133,8 @@ def _module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"{BENCHMARKS}.{name}", *arguments]
 
 
-def run_step(step: Step, seconds: float, log: Path, run: str) -> dict:
-    """Run a step for at most `seconds`; how it ended."""
+def run_step(step: Step, seconds: float, log: Path, run: str, standards: str) -> dict:
+    """Run a step for at most `seconds`, with a folder for what the references give; how it ended."""
     start = time.monotonic()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     work = f"{max(seconds - START, START / 2) / 60:.2f}"
@@ -142,7 +142,7 @@ def run_step(step: Step, seconds: float, log: Path, run: str) -> dict:
     with log.open("a", encoding="utf-8") as stream:
         stream.write(f"\n== {step.name}: at most {seconds:.0f} s\n{' '.join(command)}\n")
         stream.flush()
-        environment = os.environ | {"PYTHONPATH": path, benchmark_rows.RUN: run}
+        environment = os.environ | {"PYTHONPATH": path, benchmark_rows.RUN: run, STANDARDS: standards}
         # With a group of its own, so that what it has started ends with it and leaves the GPU to the next step.
         process = subprocess.Popen(
             command, stdout=stream, stderr=subprocess.STDOUT, env=environment, start_new_session=True
@@ -188,12 +188,11 @@ def main(
     rows, log = output / f"{name.lower().replace(' ', '-')}.jsonl", output / "session.log"
     end, run, ended = time.monotonic() + 60 * minutes, benchmark_rows.now(), []
     with tempfile.TemporaryDirectory() as folder:
-        os.environ[STANDARDS] = folder
         todo = steps(device, quick, rows, Path(folder))
         for i, step in enumerate(todo):
             left = end - time.monotonic() - GRACE
             seconds = max(left * step.share / sum(later.share for later in todo[i:]), 1)
-            ended.append(run_step(step, seconds, log, run))
+            ended.append(run_step(step, seconds, log, run, folder))
             typer.echo("{step:24} {status!s:>12} {seconds:7.1f} s".format(**ended[-1]))
             collect(Path(folder), output)
             summary = {"device": name, "torch": torch.__version__, "minutes": minutes, "run": run, "steps": ended}
