@@ -8,6 +8,7 @@ of this process.
 
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -73,7 +74,10 @@ def kill_at_random(recipe: Recipe, work: Path, seed: int, total: int) -> None:
                 return (model / "README.md").exists()
             return all_lines(work) >= step and (what == "step" or any(work.glob("checkpoints/*.partial")))
 
-        delay = chance.uniform(0, {"step": 0.1, "checkpoint": 0.002, "evaluation": 0.2, "name": 0.05}[what])
+        if Path(recipe.output).exists() and not work.exists():
+            # The last moment came too late, and nothing was left to kill: once more from the beginning.
+            shutil.rmtree(recipe.output)
+        delay = chance.uniform(0, {"step": 0.1, "checkpoint": 0.002, "evaluation": 0.04, "name": 0.002}[what])
         killed = kill_when(reached, delay, recipe)
         left = sorted(entry.name for entry in (work / "checkpoints").glob("*"))
         print(
