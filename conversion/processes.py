@@ -137,8 +137,7 @@ def together(accelerator: Accelerator) -> Iterator[None]:
     error = None
     try:
         yield
-    # Whatever it is, the others must not wait for a process that is gone.
-    except Exception as caught:
+    except Exception as caught:  # whatever it is, the others must not wait for a process that is gone
         error = caught
     sentences = gathered(accelerator, None if error is None else sentence_of(error))
     if error is not None:

@@ -193,8 +193,7 @@ class _Conversion:
             if self.work.runs.exists():
                 shutil.copytree(self.work.runs, self.work.model / self.work.runs.name)
             self.work.publish()
-        # tokenizers has no class of its own for a file that it cannot write.
-        except Exception as error:
+        except Exception as error:  # tokenizers has no class of its own for a file that it cannot write
             if isinstance(error, (OSError, SafetensorError)) or "os error" in str(error):
                 raise self.work.unwritable(error) from error
             raise

@@ -64,7 +64,8 @@ class SubGenLayer(CompressedLayer):
         return keys, values
 
     def _compressed(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """What each mode keeps of all that there is, `[B, H, N, P]`."""
+        raise NotImplementedError  # abstract: the modes below have their own
 
     def _between(self, length: int) -> tuple[Tensor, Tensor]:
         """Where the sinks of each row begin `[B, 1]`, and which of `length` slots lie between sinks and window."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tiny_conversion import save_teacher, save_text, tiny_recipe, weights
+from tiny_conversion import random_teacher, save_teacher, save_text, tiny_recipe, weights
 from transformers import AutoModelForCausalLM
 
 from hf_memory.conversion import training
@@ -27,9 +27,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 64}
-    return random_model(tiny_config("llama", **sizes)).requires_grad_(False)
+    return random_teacher()
 
 
 @pytest.fixture

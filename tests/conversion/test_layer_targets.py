@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny_conversion import random_teacher
 
 from hf_memory.conversion import layer_targets
 from hf_memory.conversion.layer_targets import LayerTarget, teacher_layers
@@ -20,9 +21,7 @@ TARGETS = ("block", "mixer", "heads", "matrix")
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 64}
-    return random_model(tiny_config("llama", **sizes)).requires_grad_(False)
+    return random_teacher()
 
 
 @pytest.fixture

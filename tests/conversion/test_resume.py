@@ -86,7 +86,7 @@ def kill(recipe: Recipe, folder: Path, *arguments: str) -> list[str]:
 def test_ten_kills_at_random_moments_change_no_bit(teacher, text, undisturbed, tmp_path, seed):
     recipe = tiny_recipe(teacher, text, tmp_path / "out", **OFTEN)
     said = kill(recipe, tmp_path, str(seed))
-    assert len(said) == 10 and sum(line.startswith("killed") for line in said) >= 8
+    assert len(said) == 10 and sum(line.startswith("killed") for line in said) >= 9
     # The last kill may have hit before or after the model got its name; the same command settles either.
     if not (tmp_path / "out").exists() or (tmp_path / "out.converting" / "published").exists():
         assert convert(recipe) == tmp_path / "out"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_conversion import save_teacher, save_text, tiny_recipe, weights
+from tiny_conversion import random_teacher, save_teacher, save_text, tiny_recipe, weights
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
@@ -18,14 +18,11 @@ from hf_memory.conversion.stage_options import AlignStage, DistillStage, OnPolic
 from hf_memory.conversion.stages import Align, Distill, make_stage, only_these_train, patterns
 from hf_memory.conversion.surgery import build_student, decoder_layers, memory_parameters
 from hf_memory.conversion.training import as_masters, learning_rate, make_optimizer
-from hf_memory.evaluation.properties_tiny import random_model, tiny_config
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 64}
-    return random_model(tiny_config("llama", **sizes)).requires_grad_(False)
+    return random_teacher()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from hf_memory.conversion.recipe import Recipe, read_recipe
 from hf_memory.evaluation.properties_generation import byte_tokenizer
@@ -23,6 +24,13 @@ def save_teacher(folder: Path, dtype: torch.dtype = torch.float32, **fields: Any
     tokenizer.chat_template = "{{ messages[0].content }}"
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def random_teacher() -> PreTrainedModel:
+    """Three layers in float32 that nobody trained, frozen."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8, "vocab_size": 64}
+    return random_model(tiny_config("llama", **sizes)).requires_grad_(False)
 
 
 def save_text(file: Path, lines: int = 120) -> Path:
